@@ -145,7 +145,7 @@ async fn show() -> Result<(), Error> {
         tally.servers()
     );
     if tally.failed > 0 || tally.caught > CALLERS as u64 {
-        return Err("calls failed that the kill of beta does not explain".into());
+        return Err("more calls failed than the kill of beta explains".into());
     }
     Ok(())
 }

@@ -255,7 +255,8 @@ async fn authentication_works_from_connect_to_registration() {
         .unwrap();
     knows(&resolver, &["127.0.0.1:80"]).await;
     let mut states = registration.watch_state();
-    // The first `changed` returns at once, for the current state. The other three are renewals, so they take longer than a token is valid.
+    // The first `changed` returns at once, for the current state. The other three are renewals, about 1.7 s apart (a third of
+    // the TTL), while a token is valid for 1 s.
     for _ in 0..4 {
         states.changed().await.unwrap();
         assert!(

@@ -443,8 +443,8 @@ async fn a_thousand_unrelated_writes_per_second_cause_no_list() {
         .put("/gRPC/greeter/1", "127.0.0.1:1", None)
         .await
         .unwrap();
-    // With several watches, it is likely that some of them are at a member that lags behind the member that answered their list. Resolvers
-    // of one registry would share a watch.
+    // A watch may be served by a member that lags behind the member that served the list, which must not cause another list. With five
+    // watches, this case is likely. Resolvers of one registry would share a watch.
     let mut resolvers = Vec::new();
     for _ in 0..5 {
         let registry = Registry::connect(etcd.endpoints()).await.unwrap();
@@ -669,6 +669,8 @@ async fn changes_missed_across_a_disconnect_and_a_compaction_are_found() {
     let resolver = registry.resolver("greeter").start();
     resolver.ready().await;
     for compact in [false, true] {
+        let lists = resolver.status().lists;
+        let host = if compact { "127.0.0.2" } else { "127.0.0.1" };
         proxy.cut();
         let mut revision = 0;
         for round in 0..60 {
@@ -680,7 +682,7 @@ async fn changes_missed_across_a_disconnect_and_a_compaction_are_found() {
                     } else {
                         etcd_client::TxnOp::put(
                             key,
-                            format!("127.0.0.1:{}", 1000 + number * 100 + round),
+                            format!("{host}:{}", 1000 + number * 100 + round),
                             None,
                         )
                     }
@@ -700,6 +702,7 @@ async fn changes_missed_across_a_disconnect_and_a_compaction_are_found() {
         let listed = list(&by_hand, "/gRPC/greeter/").await;
         let expected: Vec<_> = listed.iter().map(|(_, value, _)| value.as_str()).collect();
         knows(&resolver, &expected).await;
+        assert_eq!(resolver.status().lists - lists, u64::from(compact));
     }
 }
 
@@ -756,8 +759,8 @@ async fn the_resolver_moves_to_another_member_if_its_member_dies_or_freezes() {
     }
 }
 
-/// Returns whether a resolver contains exactly the listed instances. If the value of a key turns bad, the resolver keeps the last good
-/// value. So it may also contain the instance of such a key.
+/// Returns whether a resolver contains exactly the instances of the good values. The last good value of a key whose value has turned bad is
+/// allowed, because the resolver keeps it.
 fn is_what_is_listed(resolver: &Resolver, listed: &[(String, String, i64)]) -> bool {
     let (good, bad): (Vec<_>, Vec<_>) = listed
         .iter()
@@ -898,7 +901,7 @@ async fn resolvers_and_channels_of_one_service_share_one_watch_and_one_set() {
         channel.endpoints().len() == 2
     })
     .await;
-    // Another option needs another set.
+    // Resolvers with different options do not share a set.
     let limited = registry.resolver("greeter").max_keys(1).start();
     let filtered = registry
         .resolver("greeter")
@@ -918,14 +921,14 @@ async fn resolvers_and_channels_of_one_service_share_one_watch_and_one_set() {
         watchers(&etcd).await == before
     })
     .await;
-    // A new resolver starts again.
+    // After the last resolver was dropped, a new one opens a new watch.
     let again = registry.resolver("greeter").start();
     knows(&again, &["127.0.0.1:1", "127.0.0.1:2"]).await;
 }
 
-/// A registry outlives a runtime, for example in tests that share it.
+/// A registry may outlive a runtime on which it was used, for example if several tests share it.
 #[test]
-fn a_resolver_shares_no_watch_with_a_runtime_that_may_end() {
+fn resolvers_on_different_runtimes_share_no_watch() {
     let runtime = || {
         tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)

@@ -89,7 +89,7 @@ pub struct Meter {
     sum: Counters,
     gauges: Gauges,
     start: Instant,
-    /// The time and the number of requests of the last reading.
+    /// The time of the last reading, and the total number of requests up to it.
     read: (Instant, f64),
     peak: f64,
 }

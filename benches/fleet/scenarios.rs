@@ -87,7 +87,8 @@ pub async fn passwords(options: &Options, rows: &mut Vec<Row>) -> Result<()> {
     let hash = start.map_or(0.0, |counters| {
         counters.cpu / counters.received("Authenticate")
     });
-    // The goal is twice the time that etcd needs for one exchange of each client and each server.
+    // Each client and each server, 2 x `number` in total, exchanges its password for a token. The goal is twice the time that etcd needs
+    // for one exchange of each.
     let limit = Duration::from_secs_f64(hash * 2.0 * 2.0 * options.number as f64);
     run.restart("restart", Duration::ZERO).await?;
     if let Some(right) = run.rows.last().and_then(|row| row.right) {
@@ -97,7 +98,7 @@ pub async fn passwords(options: &Options, rows: &mut Vec<Row>) -> Result<()> {
             "missed"
         };
         println!(
-            "one exchange of a password costs etcd {:.0} ms of CPU time; all clients and servers are right after {:?} (goal: under {limit:?}), {verdict}",
+            "one exchange of a password costs etcd {:.0} ms of CPU time; all clients and servers were in the right state within {:?} (goal: under {limit:?}: {verdict})",
             hash * 1e3,
             right.all
         );

@@ -201,7 +201,8 @@ impl Etcd {
             return;
         }
         match (&self.0.source, &watch.channel.service) {
-            // A watch ends with this error only after the member was silent for seconds, so the connection to it is replaced at once.
+            // A watch ends with `DeadlineExceeded` only after the member was silent for seconds, so the connection to the member is replaced
+            // at once.
             (Source::Members(members), Some(service))
                 if error.kind() == EtcdErrorKind::DeadlineExceeded =>
             {
@@ -222,8 +223,8 @@ impl Etcd {
         self.0.auth.token()
     }
 
-    /// Records that a registration renews its lease with this client. From then on, the replacement of a rejected token is delayed by at
-    /// most 200 ms.
+    /// Records that a registration renews its lease with this handle. From then on, the random delay before a rejected token is replaced
+    /// (see [`Etcd::on_known_servers`]) is at most 200 ms, so that the lease is renewed in time.
     pub(crate) fn set_renews_leases(&self) {
         self.0.auth.set_renews_leases();
     }

@@ -21,7 +21,7 @@ use super::kv::{self, OPERATIONS_MAX};
 use super::limits::{DEADLINE, MAX_MESSAGE};
 use super::member_health::Traffic;
 use super::reconcile_batch::Pending;
-use crate::error::EtcdError;
+use crate::error::{EtcdError, EtcdErrorKind};
 use crate::keyspace::{ListRequest, Page};
 
 /// A drop guard of the task that collects a batch. The task disarms the guard when it takes the batch. If the runtime of the task ends
@@ -83,9 +83,10 @@ impl Etcd {
             return;
         }
         // A single attempt: if it fails, each request is repeated alone. The cause may be the transaction itself, for example a prefix that
-        // may not be read, a lower limit on its operations, or a proxy that does not support it.
+        // may not be read, a lower limit on its operations, a proxy that does not support it, or too much work for the deadline.
         match self.list_all(&batch).await {
             Ok(pages) => {
+                self.0.reconcile_batch.on_success();
                 // A request without a page in the response is sent alone by its owner.
                 for (pending, page) in batch.into_iter().zip(pages) {
                     if let Some(page) = page {
@@ -93,9 +94,22 @@ impl Etcd {
                     }
                 }
             }
+            // The member is unavailable, so separate requests would only add load. The next reconciliation repeats the comparison.
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    EtcdErrorKind::NoLeader | EtcdErrorKind::OtherCluster
+                ) =>
+            {
+                for pending in batch {
+                    let _ = pending.reply.send(Err(error.clone()));
+                }
+            }
             Err(error) => {
                 tracing::debug!(%error, "could not reconcile several services with one request");
-                self.0.reconcile_batch.pause(Instant::now() + PAUSE);
+                self.0
+                    .reconcile_batch
+                    .on_failure(error.kind().is_transient(), Instant::now());
             }
         }
     }
@@ -139,5 +153,3 @@ impl Etcd {
 /// The time in which requests are collected. It can be short: the reconciliations of one registry are due at the same time (see
 /// [`Slots`](crate::slots::Slots)), so their requests are only as far apart as the wake-ups of their tasks.
 const COLLECT: Duration = Duration::from_millis(20);
-/// The time in which each request is sent alone after a failed transaction.
-const PAUSE: Duration = Duration::from_secs(600);

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use tokio::runtime::Id;
 use tokio::sync::oneshot;
@@ -20,6 +21,8 @@ struct State {
     waiting: HashMap<Id, Vec<Pending>>,
     /// The time until which requests are sent alone, because a transaction has failed.
     paused_until: Option<Instant>,
+    /// Number of consecutive transactions that have failed.
+    failures: u32,
 }
 
 pub(super) struct Pending {
@@ -41,8 +44,20 @@ impl ReconcileBatch {
         self.lock().waiting.remove(&runtime).unwrap_or_default()
     }
 
-    pub(super) fn pause(&self, until: Instant) {
-        self.lock().paused_until = Some(until);
+    /// Records that a transaction has succeeded.
+    pub(super) fn on_success(&self) {
+        self.lock().failures = 0;
+    }
+
+    /// Records that a transaction has failed. Requests are then sent alone for a while. A transient error may have another cause than the
+    /// transaction, so the first of them has no effect.
+    pub(super) fn on_failure(&self, is_transient: bool, now: Instant) {
+        let mut state = self.lock();
+        state.failures += 1;
+        if state.failures > u32::from(is_transient) {
+            state.failures = 0;
+            state.paused_until = Some(now + PAUSE);
+        }
     }
 
     pub(super) fn is_paused(&self, now: Instant) -> bool {
@@ -53,3 +68,6 @@ impl ReconcileBatch {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+/// The time in which each request is sent alone after a failed transaction.
+const PAUSE: Duration = Duration::from_secs(600);

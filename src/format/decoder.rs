@@ -19,7 +19,8 @@ pub(crate) struct Decoder {
 }
 
 impl Decoder {
-    /// Decodes the value of a key. Returns `None` if the key is not the key of an instance that can be called.
+    /// Decodes the value of a key. Returns `None` if the key does not belong to an instance, or if the value marks the instance as out of
+    /// service.
     ///
     /// # Errors
     ///
@@ -57,7 +58,8 @@ impl Decoder {
 
 impl Format {
     /// Decodes the instance at a key. The instance has no [id](Instance::id) and no [location](Instance::location), because these are known
-    /// only after a read from etcd. Returns `None` if the key is not the key of an instance that can be called.
+    /// only after a read from etcd. Returns `None` if the key does not belong to an instance, or if the value
+    /// marks the instance as out of service.
     ///
     /// # Errors
     ///

@@ -34,7 +34,7 @@ use crate::resolver::{Resolver, ResolverBuilder, ResolverState};
 /// # Errors
 ///
 /// Fails as [`Registry::connect`] and [`ChannelBuilder::connect`](crate::channel::ChannelBuilder::connect) do. Also fails if the URL has
-/// none of these forms or is ambiguous.
+/// none of these forms, or could name several services.
 ///
 /// # Cancel safety
 ///
@@ -56,8 +56,8 @@ impl From<Instance> for Attributes {
         let created = location.map_or(0, |location| {
             location.create_revision().get().cast_unsigned()
         });
-        // Revisions are small numbers and lease ids are random, so two different pairs of lease id and revision do not have the same sum in
-        // practice.
+        // Revisions are below 2^32 in practice, and the rotation moves them into the upper half of the number. Two pairs of lease id and
+        // revision have the same sum only if their lease ids differ by a multiple of 2^32, which does not happen in practice.
         let generation = lease.wrapping_add(created.rotate_left(32));
         let attributes = Self::new()
             .with_weight(instance.weight())

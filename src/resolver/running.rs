@@ -48,12 +48,12 @@ impl Entry {
         self.tasks.strong_count() > 0
     }
 
-    fn find(&self, runtime: Id, ranges: &[Range], options: &Options) -> Option<Found> {
+    fn find(&self, runtime: Id, ranges: &[Range]) -> Option<Found> {
         if self.runtime != runtime || self.ranges != ranges {
             return None;
         }
         let (tasks, core) = (self.tasks.upgrade()?, self.core.upgrade()?);
-        (*tasks.options() == *options && !core.has_ended()).then(|| Found {
+        Some(Found {
             core,
             tasks,
             feedback: self.feedback.clone(),
@@ -78,11 +78,22 @@ impl RunningResolvers {
         let runtime = Handle::current().id();
         // The lock is held during the start, so that two concurrent starts do not begin two watches. It is not held during a subscription,
         // which calls the filter of the user.
+        // Declared before the guard, so that a resolver whose last clone is dropped meanwhile is dropped after the unlock: its filter is the
+        // user's.
+        let mut others = Vec::new();
         let mut running = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let entries = running.by_service.entry(service.to_owned()).or_default();
         entries.retain(Entry::is_alive);
-        let mut found = entries.iter();
-        let found = found.find_map(|entry| entry.find(runtime, ranges, options));
+        let mut found = None;
+        for entry in entries.iter() {
+            if let Some(candidate) = entry.find(runtime, ranges) {
+                if *candidate.tasks.options() == *options && !candidate.core.has_ended() {
+                    found = Some(candidate);
+                    break;
+                }
+                others.push(candidate);
+            }
+        }
         if let Some(Found {
             core,
             tasks,

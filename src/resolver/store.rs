@@ -1,6 +1,7 @@
 //! The state that the tasks and the subscriptions of a resolver share.
 
 use std::collections::{HashMap, HashSet, VecDeque};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::task::Waker;
 use std::time::Duration;
@@ -33,6 +34,8 @@ pub(super) struct Core {
     pub(super) changed: Notify,
     /// Wakes the task of each prefix.
     woken: Vec<Notify>,
+    /// Whether the task of a prefix has ended. Not part of `shared`, whose lock is held while a filter runs.
+    ended: AtomicBool,
 }
 
 #[derive(Debug)]
@@ -41,6 +44,8 @@ pub(super) struct Shared {
     pub(super) hold: Hold,
     /// The instances of the cache, or the seeds, until every prefix has been listed.
     fallback: HashMap<Address, Instance>,
+    /// Whether the cache or the seeds have been used, and not every prefix has been listed since.
+    uses_fallback: bool,
     pub(super) subscriptions: Vec<Option<Subscription>>,
     pub(super) reports: Vec<Report>,
     /// For each prefix, whether it must be listed again.
@@ -160,6 +165,7 @@ impl Shared {
     /// batch, so some of them may be held as after any mass removal, for example if etcd has lost its data. Returns the addresses that may
     /// have changed.
     fn end_fallback(&mut self, now: Instant) -> (Vec<Address>, Option<News>) {
+        self.uses_fallback = false;
         let fallback = std::mem::take(&mut self.fallback);
         let addresses: Vec<_> = fallback.keys().cloned().collect();
         let unregistered = fallback
@@ -219,6 +225,7 @@ impl Core {
             registered: Instances::new(options.limit),
             hold: Hold::new(options.hold, fastrand::Rng::new()),
             fallback: HashMap::new(),
+            uses_fallback: false,
             subscriptions: Vec::new(),
             list_again: vec![false; reports.len()],
             reports,
@@ -234,6 +241,7 @@ impl Core {
             status,
             held: Notify::new(),
             woken: (0..prefixes).map(|_| Notify::new()).collect(),
+            ended: AtomicBool::new(false),
             changed: Notify::new(),
         }
     }
@@ -280,6 +288,7 @@ impl Core {
         let by_address = instances.into_iter();
         let by_address = by_address.map(|instance| (instance.address().clone(), instance));
         shared.fallback = by_address.collect();
+        shared.uses_fallback = true;
         let wakers = shared.notify(&addresses);
         drop(shared);
         self.announce(None, wakers);
@@ -349,7 +358,7 @@ impl Core {
             report.clone_from(&machine.report);
         }
         let is_listed = all_listed(&shared);
-        if is_listed && !shared.fallback.is_empty() {
+        if is_listed && shared.uses_fallback {
             let (addresses, began) = shared.end_fallback(now);
             news = news.or(began);
             wakers.extend(shared.notify(&addresses));
@@ -366,6 +375,7 @@ impl Core {
     /// Handles the end of the task of a prefix. The instances of the prefix stay in the set, but they no longer change. The status contains
     /// the reason.
     pub(super) fn on_task_ended(&self, index: usize) {
+        self.ended.store(true, Ordering::Relaxed);
         let mut shared = self.lock();
         // When the last resolver is dropped, its tasks are aborted. A handle may remain, and its status then contains this reason.
         let is_dropped = shared.subscriptions.iter().all(Option::is_none);
@@ -398,10 +408,7 @@ impl Core {
 
     /// Returns whether the task of a prefix has ended, so that the instances no longer change.
     pub(super) fn has_ended(&self) -> bool {
-        // The status is read instead of the shared state, whose lock is held while a filter runs.
-        let status = self.status.borrow();
-        let error = status.last_error.as_ref();
-        error.is_some_and(|error| error.kind() == EtcdErrorKind::TaskEnded)
+        self.ended.load(Ordering::Relaxed)
     }
 
     /// Ends the holds whose deadline has passed. Returns the deadline of the next hold.
@@ -498,10 +505,10 @@ fn status_of(shared: &Shared, before: Option<&ResolverStatus>) -> ResolverStatus
     let sum = |count: fn(&Report) -> u64| reports.iter().map(count).sum::<u64>();
     let last_error = reports.iter().find_map(|report| report.trouble.clone());
     let state = if !reports.iter().all(|report| report.listed) {
-        if shared.fallback.is_empty() {
-            ResolverState::Unknown
-        } else {
+        if shared.uses_fallback {
             ResolverState::Stale
+        } else {
+            ResolverState::Unknown
         }
     } else if last_error.is_some() {
         ResolverState::Stale

@@ -82,8 +82,11 @@ pub(super) async fn run(
             }
             Command::Wait(wait) => {
                 watch = None;
+                // A new resolver that joins this one ends the wait, but not at once: a program may start resolvers without a pause.
+                let least = wait.min(WAIT_MIN);
+                tokio::time::sleep(least).await;
                 tokio::select! {
-                    () = tokio::time::sleep(wait) => {}
+                    () = tokio::time::sleep(wait.saturating_sub(least)) => {}
                     () = core.woken(index) => {}
                 }
                 machine.on_wake()
@@ -181,6 +184,8 @@ async fn load(file: Cache, policy: AddressPolicy) -> Option<Vec<Instance>> {
     }
 }
 
+/// The shortest wait after a failure. With rejected credentials, each attempt costs etcd a password hash.
+const WAIT_MIN: Duration = Duration::from_secs(5);
 /// The time to wait for the first lists before the cache or the seeds are used. A member on the same continent answers in less time.
 const CACHE_DELAY: Duration = Duration::from_millis(50);
 /// The time between a change and the write of the cache file.

@@ -68,9 +68,15 @@ impl Incoming {
             });
             match opened {
                 Ok(stream) => return Some(Connection::tcp(stream, &self.connections)),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return None,
-                // This connection is lost, for example because its client has given up, but the others are not.
-                Err(_) => {}
+                // This connection is lost, because its client has given up, but the others are not.
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        io::ErrorKind::ConnectionAborted
+                            | io::ErrorKind::ConnectionReset
+                            | io::ErrorKind::Interrupted
+                    ) => {}
+                Err(_) => return None,
             }
         }
     }

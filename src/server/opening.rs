@@ -11,7 +11,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 /// that the client has sent its preface.
 #[derive(Debug, Default)]
 pub(super) struct Opening {
-    /// Whether HTTP has begun; with TLS, this is after the handshake. The flag is atomic, because it is set through a shared reference.
+    /// Whether the server has started HTTP on the connection: at once in plaintext, and after the handshake with TLS. The client may not have
+    /// sent anything yet. The flag is atomic, because it is set through a shared reference.
     http: AtomicBool,
     /// Whether bytes were received before HTTP began: these are the bytes of a TLS handshake.
     tls: bool,

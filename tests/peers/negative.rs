@@ -219,7 +219,8 @@ async fn a_limit_of_one_stream_is_respected_and_every_call_is_served() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn padding_of_data_frames_is_discarded_and_its_window_is_returned() {
-    // With its padding, the response is several times larger than the window of a stream.
+    // The server sends each byte in a frame of its own with 255 bytes of padding. With the padding, the response is many times larger than
+    // the window of a stream.
     const SIZE: i32 = 20_000;
     let server = Raw::start(&[], |mut connection| async move {
         loop {

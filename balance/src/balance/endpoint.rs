@@ -197,8 +197,8 @@ impl Endpoint {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Discards the longest trusted silence. Called when nothing was read on a connection in time, because other connections may now be
-    /// dead after a silence that earlier connections survived.
+    /// Discards the longest trusted silence. Called when a connection did not respond within its time limit. This shows that a silence that
+    /// earlier connections survived may now end a connection, so other silent connections are checked again.
     pub(super) fn forget_silence(&self) {
         *self.survived_silence() = None;
     }

@@ -142,13 +142,13 @@ impl Hedging {
                 break;
             };
             drop(snapshot);
-            // A hedge with large metadata is not sent, because it would need a private connection. If nothing was read from a connection
-            // for long, other calls wait for the answer to a PING before they are sent. A hedge does not wait, for two reasons: it can fail
-            // without harm, because other attempts are in flight; and on a channel with few calls, all connections may have been silent for
-            // that long, so no hedge would be sent in time.
+            // With large metadata, a hedge would need a private connection, so none is sent.
             if !has_small_metadata(&self.conclusion.call, &permit) {
                 break;
             }
+            // A first attempt over a connection that was silent for a long time waits for the answer to a PING first. A hedge does not. It can
+            // fail without harm, because usually other attempts are in flight. And on a channel with few calls, all connections may be
+            // silent, so every hedge would come too late.
             if self.send(permit)? {
                 self.schedule(self.policy.delay());
                 break;

@@ -15,7 +15,7 @@ use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 
 /// TLS to endpoints or to etcd: the trusted certificates, and the client's own identity.
 ///
-/// The certificate of every server must be valid for the name that is set here, once per channel. The name is never taken from the
+/// One name is set here for the whole channel, and the certificate of every server must be valid for it. The name is never taken from the
 /// registry. Otherwise a process that can write to the registry could direct clients to its own server with its own certificate. If the
 /// program itself contains the addresses, as it does for etcd, [`verify_dialled_host`](Self::verify_dialled_host) verifies each server by
 /// the host of its own address.
@@ -122,7 +122,9 @@ impl TlsConfig {
     fn load(&self) -> io::Result<Arc<ClientConfig>> {
         let mut roots = RootCertStore::empty();
         for pem in &self.roots {
-            for certificate in certificates(&pem.read()?).map_err(invalid)? {
+            for certificate in certificates(&pem.read()?)
+                .map_err(|error| pem.invalid("root certificate", error))?
+            {
                 roots.add(certificate).map_err(invalid)?;
             }
         }
@@ -140,8 +142,11 @@ impl TlsConfig {
         let mut config = match &self.identity {
             None => config.with_no_client_auth(),
             Some((chain, key)) => {
-                let chain = certificates(&chain.read()?).map_err(invalid)?;
-                let key = private_key(&key.read()?).map_err(invalid)?;
+                let pem = chain.read()?;
+                let chain = certificates(&pem)
+                    .map_err(|error| chain.invalid("certificate chain", error))?;
+                let pem = key.read()?;
+                let key = private_key(&pem).map_err(|error| key.invalid("private key", error))?;
                 config.with_client_auth_cert(chain, key).map_err(invalid)?
             }
         };
@@ -229,6 +234,14 @@ enum Pem {
 }
 
 impl Pem {
+    /// Names the text in an error about its contents.
+    fn invalid(&self, what: &str, error: &str) -> io::Error {
+        match self {
+            Self::Text(_) => invalid(format!("the {what} {error}")),
+            Self::File(path) => invalid(format!("the {what} {} {error}", path.display())),
+        }
+    }
+
     fn read(&self) -> io::Result<Vec<u8>> {
         match self {
             Self::Text(text) => Ok(text.clone()),

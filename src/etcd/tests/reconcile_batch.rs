@@ -105,7 +105,7 @@ fn a_runtime_that_ends_while_it_collects_a_batch_blocks_no_other_runtime() {
         .expect("the request must succeed without the batch");
 }
 
-/// At rest, a client sends only reconciliation requests, and probes: requests that show whether its watch stream still works.
+/// At rest, a client sends only reconciliation requests and probes. A probe is a request that shows whether the watch stream still works.
 #[tokio::test(start_paused = true)]
 async fn a_process_with_many_services_sends_few_requests_at_rest() {
     let fake = Fake::new(1, 0);

@@ -103,9 +103,6 @@ impl Machine {
         entry.foreign = None;
         entry.expected = None;
         let Some(kv) = &found.kv else {
-            if found.current {
-                entry.value = Value::Written;
-            }
             entry.held = None;
             entry.expected = Some(Revision::ZERO);
             return;

@@ -18,15 +18,15 @@ impl Machine {
                 let header = *listing.header.get_or_insert(page.header);
                 let more = page.more && !page.kvs.is_empty();
                 listing.next = page.kvs.last().map(|kv| kv.key.successor());
+                if is_first {
+                    let newest = page.kvs.iter().max_by_key(|kv| kv.mod_revision);
+                    listing.check = newest.map(|kv| kv.key.clone());
+                }
                 if std::mem::take(&mut listing.reads_name_only) {
                     listing
                         .oversized
                         .extend(page.kvs.iter().map(KeyValue::named));
                 } else {
-                    if is_first {
-                        let newest = page.kvs.iter().max_by_key(|kv| kv.mod_revision);
-                        listing.check = newest.map(|kv| kv.key.clone());
-                    }
                     listing.kvs.extend(page.kvs);
                 }
                 if more {

@@ -114,6 +114,7 @@ impl Driver {
             self.set_last_error(&address, reason.to_string().into());
         }
         if subchannel.is_silent() && self.second_connection_takes_over(&address, id) {
+            self.update_ready_sets(&address);
             return self.reclassify(&address);
         }
         let entry = self.endpoints.get(&address);

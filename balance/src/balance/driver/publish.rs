@@ -49,10 +49,19 @@ impl Driver {
         }
     }
 
-    /// Updates the ready sets for all connections of an endpoint.
+    /// Updates the ready sets for all connections of an endpoint. Without a ready connection, updates only whether the endpoint counts as
+    /// ejected.
     pub(super) fn update_ready_sets(&mut self, address: &Address) {
-        let entry = self.endpoints.get(address);
-        for id in entry.map_or_else(Vec::new, |entry| entry.subchannels.clone()) {
+        let Some(entry) = self.endpoints.get(address) else {
+            return;
+        };
+        let ids = entry.subchannels.clone();
+        if ids.iter().all(|id| self.subchannels.ready(*id).is_none()) {
+            let is_quarantined = self.quarantines.is_quarantined(address);
+            let ejected = entry.ejection.is_ejected() || is_quarantined;
+            entry.endpoint.set_ejected(ejected);
+        }
+        for id in ids {
             self.update_ready_set(id);
         }
     }
