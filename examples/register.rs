@@ -43,7 +43,10 @@ async fn run() -> Result<(), Box<dyn std::error::Error>> {
     loop {
         tokio::select! {
             () = &mut stop_signal => break,
-            _ = states.changed() => println!("{}", describe(&states.borrow_and_update())),
+            changed = states.changed() => {
+                changed?;
+                println!("{}", describe(&states.borrow_and_update()));
+            }
         }
     }
     registration.deregister().await?;

@@ -184,7 +184,7 @@ pub enum EtcdErrorKind {
     CredentialsRequired,
     /// Credentials are configured, but authentication is disabled in etcd.
     AuthNotEnabled,
-    /// The peer supports gRPC but is not an etcd, or does not support the operation as etcd does.
+    /// The peer supports gRPC, but it is not an etcd, or it does not support the operation.
     Unimplemented,
     /// The request is not valid: a service name or a prefix is malformed. Nothing was sent.
     InvalidRequest,

@@ -208,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn a_returning_or_held_instance_is_not_dialled() {
+    fn an_instance_is_dialled_only_when_it_is_registered_and_has_no_connection() {
         let mut set = Set::default();
         assert_eq!(set.apply(vec![insert(1, true)]), []);
         assert_eq!(set.apply(vec![remove(1)]), []);

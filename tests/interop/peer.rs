@@ -221,7 +221,9 @@ impl Load {
         eventually(what, async || {
             let mut tally = self.report().await;
             failed += tally.failed;
-            errors.append(&mut tally.errors);
+            for (error, count) in std::mem::take(&mut tally.errors) {
+                *errors.entry(error).or_default() += count;
+            }
             tokio::time::sleep(std::time::Duration::from_millis(200)).await;
             let done = tally.ok > 30 && condition(&tally);
             found = Some(tally);

@@ -89,7 +89,7 @@ async fn the_last_error_of_a_source_that_has_ended_is_shown() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_error_of_an_adapted_stream_without_endpoints_names_the_source() {
+async fn a_call_over_an_adapted_stream_without_endpoints_says_that_the_source_reported_none() {
     let etcd = etcd().await;
     let registry = registry(&etcd).await;
     let resolver = registry.resolver("greeter").start();
@@ -113,7 +113,7 @@ async fn the_error_of_an_adapted_stream_without_endpoints_names_the_source() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_error_of_a_filter_that_rejects_all_endpoints_names_the_source() {
+async fn a_call_says_that_the_source_reported_no_endpoint_if_a_filter_rejects_all() {
     let etcd = etcd().await;
     let registry = registry(&etcd).await;
     let peer = Peer::good().await;

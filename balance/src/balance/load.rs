@@ -4,8 +4,8 @@
 //! differ widely in cost, the peak would punish the server that happened to get the last expensive call. The duration of a stream after the
 //! head does not count.
 //!
-//! Calls write the estimate. A pick reads only a single number, the latency that results from the estimate. Each call updates this number
-//! when the outcome of the call is recorded, and the driver updates it at intervals, so a pick reads no clock.
+//! Each call adds a sample to this mean, the [`Estimate`]. For the latency, a pick reads only one number, which is computed from the mean.
+//! Each call updates this number when its outcome is recorded, and the driver updates it at intervals, so a pick reads no clock.
 
 use std::ops::Deref;
 use std::sync::Arc;

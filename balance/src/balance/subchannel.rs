@@ -5,7 +5,7 @@
 //!   Idle ──────────────▶ Connecting ──────────▶ Ready ──▶ (removed) Draining
 //!    ▲ ▲ ▲                  │ failed             │ ended
 //!    │ │ │ retry, reset     ▼                    │
-//!    │ │ └─────────── TransientFailure ◀─────────┤ lost repeatedly, or repeatedly closed before it served a call
+//!    │ │ └─────────── TransientFailure ◀─────────┤ broken early several times, or closed gracefully several times before it served a call
 //!    │ └───────────── Resting ◀──────────────────┤ closed while no call needed it
 //!    └───────────────────────────────────────────┘ otherwise
 //! ```
@@ -503,7 +503,7 @@ mod tests {
             subchannel = resting.wake(false);
         }
         assert!(waits[0] < Duration::from_secs(2), "{waits:?}");
-        assert!(waits.is_sorted(), "{waits:?}");
+        assert!(waits.is_sorted() && waits[0] < waits[waits.len() - 1], "the waits must grow: {waits:?}");
         let lost = lose(subchannel, ending(true, true, true), &mut rng, now);
         let Lost::Idle(subchannel) = lost else {
             panic!("unexpected next state: {lost:?}");
@@ -573,6 +573,6 @@ mod tests {
             waits.push(resting.until() - later);
             subchannel = resting.wake(false);
         }
-        assert!(waits.is_sorted(), "the waits must grow: {waits:?}");
+        assert!(waits.is_sorted() && waits[0] < waits[waits.len() - 1], "the waits must grow: {waits:?}");
     }
 }

@@ -25,9 +25,9 @@ use crate::transport::response_body::Incoming;
 pub(super) type Retrying =
     Pin<Box<dyn Future<Output = Result<Response<ResponseBody>, Status>> + Send>>;
 
-/// Continues a call whose first attempt has no final response yet. There are four cases: the attempt failed before the response head was
-/// received, the head carries a failure, the beginning of the response is still being buffered, or the response broke while it was
-/// buffered.
+/// Continues a call whose first attempt has produced no response that can be passed to the caller. If `outcome` is an error, the attempt
+/// failed before the response head was received. Otherwise the head carries a failure, the beginning of the response is still being
+/// buffered, or the response broke while it was buffered.
 pub(super) fn after_first(
     core: Arc<Core>,
     call: Call,
@@ -151,7 +151,7 @@ impl Attempts {
             return Decision::GiveUp(None);
         };
         if self.history.is_to_blame() {
-            return Decision::GiveUp(Some("connections were lost while this call was on them"));
+            return Decision::GiveUp(Some("connections were lost while they carried this call, so it may be the cause"));
         }
         let random = fastrand::f64();
         let tokens = method_config.tokens();

@@ -84,8 +84,8 @@ impl<S> ChannelBuilder<S> {
     /// [`connect_timeout`](Self::connect_timeout), the endpoint counts as unhealthy. The watch is then opened again after a backoff like
     /// that of connections.
     ///
-    /// A watch that ends after a status is opened again at once, or after about a second if several watches in a row were short. Until the
-    /// new watch has a status, the last status applies. If all endpoints report that they do not serve, calls fail with `UNAVAILABLE`.
+    /// If a watch ends after it has reported a status, it is opened again at once, or, if several watches in a row were short, after about a
+    /// second. Until the new watch has a status, the last status applies. If all endpoints report that they do not serve, calls fail with `UNAVAILABLE`.
     ///
     /// The watch uses one stream of each connection. An endpoint that allows only one stream is not watched.
     ///
@@ -327,7 +327,7 @@ impl ChannelBuilder {
         self.map_source(|()| source)
     }
 
-    /// Takes the endpoints from a stream of changes. The set of endpoints is known after the first item, or after the end of the stream. An
+    /// Takes the endpoints from a stream of changes. The set of endpoints is known after the first change, or after the end of the stream. An
     /// error in the stream is logged and changes no endpoint. After the end of the stream, the endpoints stay unchanged.
     pub fn discover<D, A, E>(self, discover: D) -> ChannelBuilder<Discover<D>>
     where

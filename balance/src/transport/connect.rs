@@ -354,7 +354,7 @@ const CONNECTION_ATTEMPT_DELAY: Duration = Duration::from_millis(250);
 const TCP_KEEPALIVE: Duration = Duration::from_secs(30);
 const TCP_KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 /// Limit on the time that sent bytes stay unacknowledged. Without this limit, calls to a peer whose packets are dropped hang for a quarter
-/// of an hour. gRFC A18 uses 20 s; 30 s also tolerates a process that was stopped for 20 s.
+/// of an hour. gRFC A18 uses 20 s. With 30 s, a connection also survives a peer machine that is paused for 20 s.
 #[cfg(any(target_os = "linux", target_os = "android"))]
 const TCP_USER_TIMEOUT: Duration = Duration::from_secs(30);
 

@@ -65,6 +65,8 @@ pub(super) struct Script {
     pub(super) users: Users,
     /// Requests on the connection with this number, and on all earlier connections, get no response.
     pub(super) frozen: u32,
+    /// A prefix that the user may not read.
+    pub(super) hidden: Option<String>,
     /// The member whose watches send no more messages.
     pub(super) mute: Option<&'static str>,
     /// Number of further renewals whose streams end without a response.
@@ -111,6 +113,7 @@ impl Fake {
                 stale_renewals: 0,
                 users: Users::default(),
                 frozen: 0,
+                hidden: None,
                 mute: None,
                 closed_renewals: 0,
                 watches: 0,
@@ -396,6 +399,10 @@ impl PbKvService for Fake {
         });
         self.script().pages += u32::from(!one && request.get_ref().limit != 1);
         self.admits(&request)?;
+        let is_hidden = |prefix: &String| request.get_ref().key.starts_with(prefix.as_bytes());
+        if self.script().hidden.as_ref().is_some_and(is_hidden) {
+            return Err(Status::permission_denied("etcdserver: permission denied"));
+        }
         {
             let mut script = self.script();
             script.keys_over.insert(self.connection);

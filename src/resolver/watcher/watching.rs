@@ -84,8 +84,8 @@ impl Machine {
         for event in ready {
             self.apply(event);
         }
-        // Tombstones are removed only after all events are applied. One message may contain an event that a tombstone must suppress, and
-        // then an event with a higher revision, after which the tombstone is no longer needed.
+        // Tombstones are removed only after all events are applied. `passed` is the revision of the last event. An earlier event of the same
+        // message may be older than a tombstone that `passed` makes obsolete, and the tombstone must still suppress it.
         self.tombstones.retain(|_, gone| *gone > passed);
         if !suspicious {
             return Command::Receive;
@@ -143,8 +143,8 @@ impl Machine {
         let floor = watching.revision;
         let same = found.is_some_and(|found| {
             self.keys.get(&found.key).is_some_and(|known| {
-                // A later write under the same lease is by the owner of the key. The store is then the same, and the watch delivers the
-                // write.
+                // If the key was written after the watch's revision, but under the same lease, its owner wrote it. So the store is the
+                // same, and the watch will deliver the write.
                 let later = found.mod_revision > floor && known.lease != LeaseId::NONE;
                 known.lease == found.lease && (later || known.is_same(&KeyState::of(&found)))
             })

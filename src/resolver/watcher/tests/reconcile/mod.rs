@@ -188,7 +188,7 @@ fn without_differences_only_every_sixteenth_reconciliation_lists_all_names() {
         } else {
             assert!(
                 page.kvs.len() <= 1,
-                "only the keys written since the last agreement must be returned"
+                "no key may be returned that was not written after the last reconciliation without differences"
             );
         }
         assert_eq!(player.machine.on_names(Ok(page), due), Command::Receive);
