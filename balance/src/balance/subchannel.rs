@@ -503,7 +503,10 @@ mod tests {
             subchannel = resting.wake(false);
         }
         assert!(waits[0] < Duration::from_secs(2), "{waits:?}");
-        assert!(waits.is_sorted() && waits[0] < waits[waits.len() - 1], "the waits must grow: {waits:?}");
+        assert!(
+            waits.is_sorted() && waits[0] < waits[waits.len() - 1],
+            "the waits must grow: {waits:?}"
+        );
         let lost = lose(subchannel, ending(true, true, true), &mut rng, now);
         let Lost::Idle(subchannel) = lost else {
             panic!("unexpected next state: {lost:?}");
@@ -573,6 +576,9 @@ mod tests {
             waits.push(resting.until() - later);
             subchannel = resting.wake(false);
         }
-        assert!(waits.is_sorted() && waits[0] < waits[waits.len() - 1], "the waits must grow: {waits:?}");
+        assert!(
+            waits.is_sorted() && waits[0] < waits[waits.len() - 1],
+            "the waits must grow: {waits:?}"
+        );
     }
 }

@@ -151,7 +151,9 @@ impl Attempts {
             return Decision::GiveUp(None);
         };
         if self.history.is_to_blame() {
-            return Decision::GiveUp(Some("connections were lost while they carried this call, so it may be the cause"));
+            return Decision::GiveUp(Some(
+                "connections were lost while they carried this call, so it may be the cause",
+            ));
         }
         let random = fastrand::f64();
         let tokens = method_config.tokens();

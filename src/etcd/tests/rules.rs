@@ -506,7 +506,8 @@ async fn keys_over_a_limit_are_used_after_other_keys_are_deleted() {
 async fn seeds_that_a_first_prefix_replaces_leave_the_set_known() {
     let fake = Fake::new(1, 0);
     let key = format!("{PREFIX}1").into_bytes();
-    fake.store().apply(vec![(key, Some((b"127.0.0.1:1".to_vec(), 0)))]);
+    fake.store()
+        .apply(vec![(key, Some((b"127.0.0.1:1".to_vec(), 0)))]);
     fake.script().frozen = u32::MAX;
     let prefixes = [PREFIX.to_owned(), "/other/".to_owned()];
     let resolver = ResolverBuilder::prefixes(fake.etcd(1), &prefixes, AddressPolicy::default())
@@ -517,10 +518,24 @@ async fn seeds_that_a_first_prefix_replaces_leave_the_set_known() {
     fake.script().hidden = Some("/other/".to_owned());
     fake.script().frozen = 0;
     let is_listed = || resolver.status().lists == 1;
-    until(Duration::from_secs(60), "the first prefix is listed", is_listed).await;
+    until(
+        Duration::from_secs(60),
+        "the first prefix is listed",
+        is_listed,
+    )
+    .await;
     assert_eq!(resolver.instances().len(), 1);
-    assert_eq!(resolver.status().state, ResolverState::Stale, "the set must not become unknown again");
+    assert_eq!(
+        resolver.status().state,
+        ResolverState::Stale,
+        "the set must not become unknown again"
+    );
     fake.script().hidden = None;
     let is_fresh = || resolver.status().state == ResolverState::Fresh;
-    until(Duration::from_secs(60), "both prefixes are listed", is_fresh).await;
+    until(
+        Duration::from_secs(60),
+        "both prefixes are listed",
+        is_fresh,
+    )
+    .await;
 }
