@@ -747,7 +747,7 @@ fn a_panic_in_a_custom_format_is_an_error_and_the_address_policy_still_applies()
         read(&vec![0; 70_000])
             .unwrap_err()
             .to_string()
-            .contains("limit")
+            .contains("65536 bytes")
     );
     assert_eq!(format, format);
     assert_ne!(format, Format::Plain);
