@@ -20,7 +20,8 @@ use support::counting::Counting;
 use support::program::{Output, example, line_with, lines, signal};
 use support::relay::Relay;
 use support::{
-    Registered, SOON, addresses, client, etcd, eventually, knows, list, registry, soak, within,
+    Registered, SOON, addresses, client, etcd, eventually, knows, leader, list, registry, soak,
+    within,
 };
 use tokio::process::Child;
 use tokio::time::{Instant, sleep, timeout};
@@ -148,7 +149,7 @@ async fn a_wiped_etcd_is_filled_again_and_stale_instances_are_removed() {
         let registry = registry(&etcd).await;
         let ttl = Duration::from_secs(10);
         let fleet = Fleet::start(&registry, 3, ttl).await;
-        // Nobody writes this key again after the wipe, as if its server had died.
+        // This key is not written again after the wipe, as if its server had died.
         let by_hand = client(&etcd).await;
         let lease = by_hand.lease_client().grant(600, None).await.unwrap().id();
         let options = etcd_client::PutOptions::new().with_lease(lease);
@@ -378,17 +379,6 @@ async fn change_arrives(fleet: &Fleet, etcd: &Etcd, bad: usize, port: u16) {
         "member {bad} has failed: the change arrived {took:?} after its write, {since:?} after the fault"
     );
     registration.deregister().await.unwrap();
-}
-
-/// Waits until a leader is elected, and returns its index.
-async fn leader(etcd: &Etcd) -> usize {
-    let mut leader = None;
-    eventually("a leader is elected", async || {
-        leader = etcd.leader().await;
-        leader.is_some()
-    })
-    .await;
-    leader.unwrap()
 }
 
 /// Returns how often keys of a fleet were deleted, according to a healthy member.

@@ -22,7 +22,7 @@ use etcd_client::{DeleteOptions, PutOptions, Txn, TxnOp};
 use support::callers::with_deadline;
 use support::greeter::greeter_client::GreeterClient;
 use support::roles::{protect, user};
-use support::{client, eventually, hello, registry, within};
+use support::{client, eventually, hello, leader, registry, within};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep};
 use tonic::Status;
@@ -329,17 +329,6 @@ async fn no_call_fails_while_a_member_is_dead_frozen_or_isolated() {
     etcd.rejoin(isolated).unwrap();
     process.is_exact_within(TTL * 2).await;
     callers.none_failed("failures of members").await;
-}
-
-/// Waits until a leader is elected, and returns its index.
-async fn leader(etcd: &Etcd) -> usize {
-    let mut leader = None;
-    eventually("a leader is elected", async || {
-        leader = etcd.leader().await;
-        leader.is_some()
-    })
-    .await;
-    leader.unwrap()
 }
 
 /// Tokens become invalid when they expire, when a role is added, and when a restart loses them.

@@ -345,7 +345,7 @@ impl Core {
         if shared.list_again.get_mut(index).is_some_and(std::mem::take) {
             machine.list_again(now);
         }
-        // What the watch says about an address is newer than the cache.
+        // An event of an address is newer than the cache.
         for address in &applied.changed {
             shared.fallback.remove(address);
         }

@@ -156,6 +156,17 @@ pub async fn within(
     }
 }
 
+/// Waits until a leader is elected, and returns its index.
+pub async fn leader(etcd: &Etcd) -> usize {
+    let mut leader = None;
+    eventually("a leader is elected", async || {
+        leader = etcd.leader().await;
+        leader.is_some()
+    })
+    .await;
+    leader.unwrap()
+}
+
 /// Returns the addresses of a resolver, in the order of its instances.
 pub fn addresses(resolver: &Resolver) -> Vec<String> {
     resolver

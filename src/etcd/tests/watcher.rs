@@ -217,7 +217,7 @@ impl Stream {
         Ok(())
     }
 
-    /// Drops the next deletions, as many as [`Script::lost_deletes`](super::fake::Script::lost_deletes) says. Real servers have also failed
+    /// Drops the next deletions, as many as [`Script::lost_deletes`](super::fake::Script::lost_deletes) contains. Real servers have also failed
     /// to send deletions.
     fn without_lost(&self, mut events: Vec<PbEvent>) -> Vec<PbEvent> {
         let mut script = self.fake.script();

@@ -446,18 +446,7 @@ fn a_key_that_is_reported_again_within_ten_seconds_is_not_read_again() {
 
 #[test]
 fn reports_of_many_keys_are_limited() {
-    let mut machine = Machine::new(
-        Range::prefix(PREFIX),
-        None,
-        slots(),
-        fastrand::Rng::with_seed(26),
-    );
-    let mut store = Store::new(fastrand::Rng::with_seed(26));
-    for number in 0..300 {
-        store.put(&key(&format!("{number:03}")), "10.9.9.9:5");
-    }
-    machine.on_wake();
-    machine.on_page(Ok(whole(&store)));
+    let (mut machine, store) = listed(300);
     let mut now = Instant::now();
     machine.on_watch_opened(now);
     let keys: Vec<_> = machine.keys.keys().cloned().collect();

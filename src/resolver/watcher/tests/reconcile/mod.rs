@@ -308,8 +308,8 @@ fn a_put_older_than_a_read_does_not_restore_the_key() {
     assert!(player.machine.tombstones.is_empty());
 }
 
-#[test]
-fn a_thousand_reported_keys_are_read_at_a_limited_rate() {
+/// Returns a machine that has listed this number of keys, all with one address, and that does not reconcile. Also returns its store.
+fn listed(keys: usize) -> (Machine, Store) {
     let mut machine = Machine::new(
         Range::prefix(PREFIX),
         None,
@@ -317,11 +317,17 @@ fn a_thousand_reported_keys_are_read_at_a_limited_rate() {
         fastrand::Rng::with_seed(26),
     );
     let mut store = Store::new(fastrand::Rng::with_seed(26));
-    for number in 0..1_000 {
+    for number in 0..keys {
         store.put(&key(&format!("{number:04}")), "10.9.9.9:5");
     }
     machine.on_wake();
     machine.on_page(Ok(whole(&store)));
+    (machine, store)
+}
+
+#[test]
+fn a_thousand_reported_keys_are_read_at_a_limited_rate() {
+    let (mut machine, store) = listed(1_000);
     let start = Instant::now();
     machine.on_watch_opened(start);
     let keys: Vec<_> = machine.keys.keys().cloned().collect();
