@@ -112,7 +112,7 @@ fleet: setup ## Measure what a fleet of clients and servers costs etcd
 	@"$${ETCD_BIN:-etcd}" --version | sed -n 1p
 	$(CARGO) bench --locked --bench fleet -- $(FLEET)
 	@echo "a fleet of 10 000 clients in virtual time"
-	TEST_FLEET=10000 $(CARGO) test --release --locked --all-features --lib -- --nocapture a_fleet_in_virtual_time
+	TEST_FLEET=10000,40 $(CARGO) test --release --locked --all-features --lib -- --nocapture a_fleet_in_virtual_time
 
 fmt: ## Format the code
 	$(CARGO) fmt --all

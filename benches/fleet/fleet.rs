@@ -21,7 +21,7 @@ pub const SERVICE: &str = "greeter";
 struct Plan {
     endpoints: Vec<String>,
     protected: bool,
-    ttl: Duration,
+    ttl: Option<Duration>,
     /// Limits the number of registries that connect at the same time. With passwords, each connect costs etcd one password hash.
     connecting: Arc<Semaphore>,
 }
@@ -60,7 +60,7 @@ pub struct Right {
 }
 
 impl Fleet {
-    pub fn new(world: &World, ttl: Duration) -> Self {
+    pub fn new(world: &World, ttl: Option<Duration>) -> Self {
         let connecting = if world.protected {
             2
         } else {
@@ -268,10 +268,10 @@ async fn start_client(plan: Plan) -> Result<Client> {
 
 async fn start_server(plan: Plan, address: String) -> Result<Server> {
     let registry = connect(&plan, "writer").await?;
-    let registration = registry
-        .registration(SERVICE)
-        .address(address.as_str())
-        .ttl(plan.ttl);
+    let mut registration = registry.registration(SERVICE).address(address.as_str());
+    if let Some(ttl) = plan.ttl {
+        registration = registration.ttl(ttl);
+    }
     let registration = registration.startup_timeout(PATIENCE).register().await;
     Ok(Server {
         registration: registration.map_err(|error| format!("register {address}: {error}"))?,

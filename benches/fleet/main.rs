@@ -24,7 +24,8 @@
 //! | `services` | One process watches 1 000 services (`--services`). |
 //! | `instances` | One process watches a service with 10 000 instances (`--instances`). |
 //!
-//! Further options: `--ttl` sets the TTL of the leases in seconds, and `--seed` sets the seed for the order of replacements.
+//! Further options: `--ttl` sets the TTL of the leases in seconds (by default, the library selects it), and `--seed` sets the seed for the
+//! order of replacements.
 #![allow(
     missing_docs,
     unreachable_pub,

@@ -13,8 +13,8 @@ pub struct Options {
     pub rest: Duration,
     /// Duration of the scenario `outage`.
     pub outage: Duration,
-    /// Time to live of the leases.
-    pub ttl: Duration,
+    /// Time to live of the leases. `None` leaves it to the library, which selects it by the number of servers.
+    pub ttl: Option<Duration>,
     /// Number of services that one process watches, in the scenario `services`.
     pub services: usize,
     /// Number of instances of the service in the scenario `instances`.
@@ -30,7 +30,7 @@ impl Options {
             number: 100,
             rest: Duration::from_secs(30),
             outage: Duration::from_secs(60),
-            ttl: Duration::from_secs(15),
+            ttl: None,
             services: 1_000,
             instances: 10_000,
             seed: fastrand::u64(..),
@@ -45,7 +45,7 @@ impl Options {
                 "--number" => options.number = number(&argument, &value())?,
                 "--rest" => options.rest = seconds(&argument, &value())?,
                 "--outage" => options.outage = seconds(&argument, &value())?,
-                "--ttl" => options.ttl = seconds(&argument, &value())?,
+                "--ttl" => options.ttl = Some(seconds(&argument, &value())?),
                 "--services" => options.services = number(&argument, &value())?,
                 "--instances" => options.instances = number(&argument, &value())?,
                 "--seed" => options.seed = number(&argument, &value())?,
@@ -61,6 +61,11 @@ impl Options {
         Ok(options)
     }
 
+    /// Returns the TTL of the leases.
+    pub fn lease_ttl(&self) -> Duration {
+        self.ttl.unwrap_or_else(|| default_ttl(self.number))
+    }
+
     /// Returns whether the scenario was selected.
     pub fn wants(&self, scenario: &str) -> bool {
         debug_assert!(
@@ -69,6 +74,11 @@ impl Options {
         );
         self.wanted.is_empty() || self.wanted.iter().any(|wanted| wanted == scenario)
     }
+}
+
+/// Returns the TTL that `RegistrationBuilder::ttl` documents for a service with this number of servers.
+pub fn default_ttl(servers: usize) -> Duration {
+    Duration::from_secs((servers as u64 * 60 / 1_000).clamp(15, 120))
 }
 
 fn number<T: FromStr>(name: &str, value: &str) -> Result<T> {

@@ -165,6 +165,7 @@ impl<'a> Run<'a> {
             lists,
             right,
             scale,
+            has_default_ttl: self.options.ttl.is_none(),
         };
         row.print_progress();
         self.rows.push(row);
@@ -306,7 +307,7 @@ impl<'a> Run<'a> {
         scale: Scale,
     ) -> Result<()> {
         let start = Instant::now();
-        let reaction = self.options.ttl * 4 / 3;
+        let reaction = self.options.lease_ttl() * 4 / 3;
         let (world, fleet) = (&self.world, &mut self.fleet);
         let recovery = async {
             fleet.write_canary(&world.operator(0).await?).await?;
@@ -342,7 +343,7 @@ impl<'a> Run<'a> {
         self.world.etcd.restart(member).await.map_err(failed)?;
         meter.include(member);
         meter.on_restarted(member);
-        let end = start + self.options.ttl * 4 / 3;
+        let end = start + self.options.lease_ttl() * 4 / 3;
         let rest = async {
             tokio::time::sleep_until(end).await;
             Ok(())

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use super::fleet::Right;
 use super::metrics::Measured;
+use super::options::default_ttl;
 
 /// The sizes of the larger fleets for which figures are computed.
 const SIZES: [usize; 2] = [1_000, 10_000];
@@ -21,6 +22,8 @@ pub struct Row {
     pub lists: u64,
     pub right: Option<Right>,
     pub scale: Scale,
+    /// Whether the TTL depends on the number of servers.
+    pub has_default_ttl: bool,
 }
 
 /// How the figures of a scenario grow with the fleet.
@@ -66,11 +69,22 @@ impl Row {
             ),
             linear("LeaseGrant"),
             linear("LeaseRevoke"),
-            linear("LeaseKeepAlive"),
+            self.renewals(number),
             Figure(watch * factor, ""),
             event,
             linear("Authenticate"),
         ]
+    }
+
+    /// Returns the number of renewals of a fleet of this size.
+    fn renewals(&self, number: usize) -> Figure {
+        let linear =
+            self.measured.counters.received("LeaseKeepAlive") * number as f64 / self.number as f64;
+        if !self.has_default_ttl || self.scale != Scale::Rate {
+            return Figure(linear, "");
+        }
+        let ttl = |number| default_ttl(number).as_secs_f64();
+        Figure(linear * ttl(self.number) / ttl(number), "~")
     }
 
     /// Prints that the scenario is complete.
@@ -137,12 +151,13 @@ impl Row {
         cells.extend(messages.iter().map(cell));
         cells.push(cell(&Figure(self.requests(number), "")));
         let factor = number as f64 / self.number as f64;
+        let requests = self.requests(number) / self.requests(self.number);
         let peak = self.measured.peak.filter(|_| self.lists == 0);
-        cells.push(peak.map_or_else(String::new, |peak| format!("{}/s", short(peak * factor))));
+        cells.push(peak.map_or_else(String::new, |peak| format!("{}/s", short(peak * requests))));
         let connections = self.measured.gauges.connections as f64 * factor;
         // The CPU time for events and lists does not grow linearly with the number of processes. So the CPU time is computed only for
-        // `Rate`, and for `Total` without lists.
-        let cpu = self.measured.counters.cpu * factor;
+        // `Rate`, and for `Total` without lists. It grows with the number of requests.
+        let cpu = self.measured.counters.cpu * requests;
         cells.push(match self.scale {
             Scale::Rate => format!("{:.0} %", cpu / seconds * 100.0),
             Scale::Total if self.lists == 0 => format!("{cpu:.1} s"),
@@ -251,5 +266,6 @@ messages of watches, which etcd sends. \"Lists\" are complete lists by clients. 
 client is right if it has exactly the registered servers and all keys that the operator wrote. A server is right if it is registered.
 
 A computed row is linear in the number of clients and servers. Exceptions: a figure with \"*\" grows with clients times servers, because the
-servers change; a figure with \"+\" includes one request for every 500 keys of each list. A figure that is not linear and has no rule is
+servers change; a figure with \"+\" includes one request for every 500 keys of each list; a figure with \"~\" depends on the TTL, which grows
+with the number of servers. A figure that is not linear and has no rule is
 left out.";

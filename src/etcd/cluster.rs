@@ -146,20 +146,23 @@ impl Etcd {
         range: &Range,
         from: Option<Revision>,
     ) -> Result<Watch, EtcdError> {
-        self.watch_ranges(vec![range.clone()], from).await
+        self.watch_ranges(vec![range.clone()], from, true).await
     }
 
     async fn watch_ranges(
         &self,
         ranges: Vec<Range>,
         from: Option<Revision>,
+        is_probed: bool,
     ) -> Result<Watch, EtcdError> {
         let open = |channel: RequestChannel| {
             let (streams, token) = (self.0.streams.clone(), self.token());
             let ranges = ranges.clone();
             async move {
                 let count = ranges.len();
-                let subscribed = streams.watch(channel, token, ranges, from).await?;
+                let subscribed = streams
+                    .watch(channel, token, ranges, from, is_probed)
+                    .await?;
                 Ok(Watch::new(subscribed, count))
             }
         };
@@ -173,10 +176,11 @@ impl Etcd {
     }
 
     /// Opens one watch on all `keys`, from the current revision on. Waits until all keys are watched: up to 2 s for a stream, and then up
-    /// to 8 s until the server has created one watcher for each key. Makes a single attempt.
+    /// to 8 s until the server has created one watcher for each key. Makes a single attempt. The stream is not probed for this watch, so the
+    /// caller must read the keys at intervals.
     pub(crate) async fn watch_each(&self, keys: &[Key]) -> Result<Watch, EtcdError> {
         let ranges = keys.iter().map(Range::key).collect();
-        let mut watch = self.watch_ranges(ranges, None).await?;
+        let mut watch = self.watch_ranges(ranges, None, false).await?;
         let channel = watch.channel.clone();
         let created = tokio::time::timeout(WATCHERS_TIMEOUT, Box::pin(watch.created())).await;
         match created {

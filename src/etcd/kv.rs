@@ -45,6 +45,32 @@ impl Etcd {
         .await
     }
 
+    /// Returns the number of keys in a range. Makes a single attempt. The member answers from its own store, which may be behind the store
+    /// of the leader.
+    pub(crate) async fn count(
+        &self,
+        range: &Range,
+        deadline: Duration,
+    ) -> Result<usize, EtcdError> {
+        const OPERATION: &str = "count";
+        self.attempt(Traffic::Keys, OPERATION, deadline, |channel| {
+            let options = GetOptions::new()
+                .with_range(range.end.as_bytes())
+                .with_serializable()
+                .with_count_only();
+            let start = range.start.as_bytes().to_vec();
+            async move {
+                let response = channel.client.kv_client().get(start, Some(options)).await;
+                let response = response
+                    .map_err(|source| error::of_client(OPERATION, &channel.endpoint(), source))?;
+                let header = header(response.0.header.as_ref());
+                self.0.id.check(header, OPERATION, &channel.endpoint())?;
+                Ok(usize::try_from(response.0.count).unwrap_or(0))
+            }
+        })
+        .await
+    }
+
     /// Reads one key, linearizably.
     pub(crate) async fn read(&self, key: &Key) -> Result<(Header, Option<KeyValue>), EtcdError> {
         self.call("read", |channel| self.read_over(channel, key.clone()))

@@ -91,6 +91,8 @@ struct Subscriber {
     id: u64,
     ranges: Vec<Range>,
     from: Option<Revision>,
+    /// Whether the stream is probed for this watch when it is silent.
+    is_probed: bool,
     deliveries: mpsc::UnboundedSender<Delivery>,
     /// Estimated number of bytes of the queued messages: those that the owner of the watch has not received yet.
     backlog: Arc<AtomicUsize>,
@@ -139,6 +141,7 @@ impl WatchStreams {
         token: Option<Token>,
         ranges: Vec<Range>,
         from: Option<Revision>,
+        is_probed: bool,
     ) -> Result<Subscribed, EtcdError> {
         let (deliveries, received) = mpsc::unbounded_channel();
         let backlog = Arc::new(AtomicUsize::new(0));
@@ -146,6 +149,7 @@ impl WatchStreams {
             id: fastrand::u64(..),
             ranges,
             from,
+            is_probed,
             deliveries,
             backlog: Arc::clone(&backlog),
         };
@@ -353,7 +357,8 @@ impl Task {
                 (_, _, true) => PROBE_TIMEOUT,
                 // The stream has worked before, and the answer may be queued behind a long message.
                 (_, false, false) => ANSWER_TIMEOUT,
-                (_, true, false) => self.probe_after,
+                (_, true, false) if self.is_probed() => self.probe_after,
+                (_, true, false) => NEVER,
             };
             let message = tokio::select! {
                 biased;
@@ -382,13 +387,25 @@ impl Task {
                 Err(_) if !self.creating.is_empty() => {
                     Err(error::deadline("watch", &self.endpoint(), timeout))
                 }
-                Err(_) => self.send_probe().await,
+                Err(_) if self.is_probed() => self.send_probe().await,
+                Err(_) => {
+                    self.last_activity = Instant::now();
+                    Ok(())
+                }
             };
             if let Err(error) = outcome {
                 break error;
             }
         };
         self.fail(&error);
+    }
+
+    /// Returns whether the stream is probed when it is silent. A stream on which a registration watches only its own keys is not probed: the
+    /// registration reads the keys at intervals, and opens another watch if it finds a change that the watch has not delivered. On the
+    /// channel of an external client, each stream is probed, because nothing else may show that the connection is dead.
+    fn is_probed(&self) -> bool {
+        let mut watched = self.subscribers.values();
+        self.channel.service.is_none() || watched.any(|watched| watched.subscriber.is_probed)
     }
 
     /// Returns whether the stream has no watch any more. If so, removes the stream from the list, so that no watch is added.
@@ -738,6 +755,8 @@ fn probe_after(channel: &RequestChannel) -> Duration {
 const PROBE_AFTER: Duration = Duration::from_secs(30);
 /// The silence after which a probe is sent on the channel of an external client.
 const PROBE_AFTER_EXTERNAL: Duration = Duration::from_secs(5);
+/// The timeout of a stream that is not probed. When it expires, nothing happens.
+const NEVER: Duration = Duration::from_secs(24 * 60 * 60);
 /// Limit on the time until a probe is answered. On etcd 3.4.23 to 3.5.30, an answer took 0.2 to 2 ms, even while the server sent history,
 /// and through `etcd grpc-proxy`.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(3);

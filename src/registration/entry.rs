@@ -1,7 +1,6 @@
 //! The contents of a registration in etcd: its keys and their values.
 
-use std::time::Duration;
-
+use super::ttl::Ttl;
 use crate::format::{Format, FormatError, MAX_VALUE, MAX_WEIGHT};
 use crate::instance::{Advertisement, Instance};
 use crate::keyspace::Key;
@@ -15,7 +14,7 @@ pub(super) struct Entry {
     pub(super) services: Vec<String>,
     pub(super) instance: Instance,
     pub(super) format: Format,
-    pub(super) ttl: Duration,
+    pub(super) ttl: Ttl,
     /// The checked value of each key. The values can differ, because some formats repeat the key in the value.
     values: Vec<Vec<u8>>,
 }
@@ -28,7 +27,7 @@ impl Entry {
         services: Vec<String>,
         advertisement: Advertisement,
         format: Format,
-        ttl: Duration,
+        ttl: Ttl,
     ) -> Result<Self, FormatError> {
         let entry = Self {
             keys: keys.iter().map(|key| Key::from(key.as_str())).collect(),
@@ -119,6 +118,7 @@ pub(super) fn check_weight(weight: u32) -> Result<(), String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::registration::ttl::DEFAULT_TTL;
 
     fn entry(format: Format, filler: usize) -> Result<Entry, FormatError> {
         let address = "127.0.0.1:1".parse().expect("valid");
@@ -133,7 +133,7 @@ mod tests {
             Vec::new(),
             advertisement,
             format,
-            Duration::from_secs(15),
+            Ttl::Fixed(DEFAULT_TTL),
         )
     }
 

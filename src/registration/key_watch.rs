@@ -100,6 +100,14 @@ impl KeyWatch {
         News::Lost(error)
     }
 
+    /// Closes the watch, because it does not deliver the events. The next call of [`next`](Self::next) opens another one.
+    pub(super) fn close(&mut self) {
+        self.open = None;
+        self.since = None;
+        let wait = self.backoff.next(&mut fastrand::Rng::new());
+        self.not_before = Some(Instant::now() + wait);
+    }
+
     async fn reopen(&mut self, etcd: &Etcd, keys: &[Key]) -> Result<(), EtcdError> {
         if self.opening.is_empty() {
             self.wait_and_renew_token(etcd).await?;

@@ -11,6 +11,7 @@ mod registration;
 mod serve_options;
 mod status;
 mod task;
+mod ttl;
 
 pub use builder::RegistrationBuilder;
 pub use handle::RegistrationHandle;

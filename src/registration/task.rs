@@ -11,6 +11,7 @@ use super::entry::Entry;
 use super::key_watch::{KeyWatch, News};
 use super::lease::{Command, Found, LEAVE_MARKER_MAX, Machine, Phase, Put};
 use super::status::RegistrationState;
+use super::ttl::{self, Ttl};
 use crate::etcd::Etcd;
 use crate::keyspace::{GuardedPut, Key, KeyValue, LeaseId};
 
@@ -44,6 +45,9 @@ pub(super) struct Task {
     states: watch::Sender<RegistrationState>,
     waiting: Vec<(Goal, Answer)>,
     key_watch: KeyWatch,
+    /// The largest number of servers of the service that was counted. After a loss of all data, the servers of a large service register
+    /// again together. The first of them find few others.
+    servers: usize,
     /// The phase, the number of failures and whether an error was present, as last published.
     published: Option<(Phase, u64, bool)>,
     /// Timeout of a deregistration.
@@ -87,7 +91,7 @@ impl Task {
         let has_leave_marker = entry.has_leave_marker();
         Self {
             machine: Machine::new(
-                entry.ttl,
+                entry.ttl.lowest(),
                 entry.keys.len(),
                 has_leave_marker,
                 // The default seed of `fastrand` is derived from the time since boot. Hosts that boot at the same time would sooner or
@@ -100,6 +104,7 @@ impl Task {
             states,
             waiting: Vec::new(),
             key_watch: KeyWatch::new(),
+            servers: 0,
             published: None,
             budget: budget.min(FAR_FUTURE),
             give_up: None,
@@ -160,7 +165,14 @@ impl Task {
         let sent = Instant::now();
         let mut deferred = Vec::new();
         let urgent = {
-            let exchange = execute(&self.etcd, &self.entry, &mut self.machine, command, sent);
+            let exchange = execute(
+                &self.etcd,
+                &self.entry,
+                &mut self.machine,
+                &mut self.servers,
+                command,
+                sent,
+            );
             let mut exchange = pin!(exchange);
             loop {
                 tokio::select! {
@@ -176,6 +188,10 @@ impl Task {
                 }
             }
         };
+        if self.machine.has_missed_loss() {
+            self.key_watch.close();
+            self.machine.on_watch_lost();
+        }
         for request in deferred {
             self.on_request(Some(request));
         }
@@ -333,12 +349,14 @@ async fn execute(
     etcd: &Etcd,
     entry: &Entry,
     machine: &mut Machine,
+    servers: &mut usize,
     command: Command,
     sent: Instant,
 ) {
     match command {
         Command::Grant { lease, deadline } => {
-            let answer = etcd.grant(lease, entry.ttl, deadline).await;
+            let ttl = lease_ttl(etcd, &entry.ttl, servers).await;
+            let answer = etcd.grant(lease, ttl, deadline).await;
             machine.on_granted(lease, answer, sent, Instant::now());
         }
         Command::Read { deadline } => {
@@ -389,6 +407,22 @@ async fn execute(
     }
 }
 
+/// Returns the TTL to request. `servers` is the largest number of servers that was counted before.
+async fn lease_ttl(etcd: &Etcd, ttl: &Ttl, servers: &mut usize) -> Duration {
+    let range = match ttl {
+        Ttl::Fixed(ttl) => return *ttl,
+        Ttl::ByServers(range) => range,
+    };
+    match etcd.count(range, COUNT_TIMEOUT).await {
+        Ok(count) => *servers = count.max(*servers),
+        // The registration does not depend on the number. A server may also have no permission for the keys of other servers.
+        Err(error) => tracing::debug!(%error, "could not count the servers of the service"),
+    }
+    ttl::by_servers(*servers)
+}
+
+/// Timeout of the request that counts the servers. It is short, because the registration waits for it.
+const COUNT_TIMEOUT: Duration = Duration::from_millis(500);
 /// Maximum number of requests that are deferred until the current etcd request ends. Further requests wait in the inbox.
 const DEFERRED_MAX: usize = 8;
 /// Duration of a timer that stands for an unlimited wait. If the timer fires, the task only derives its next command again.

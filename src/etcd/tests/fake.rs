@@ -307,6 +307,9 @@ fn range(store: &Store, request: &PbRangeRequest) -> Result<PbRangeResponse, Sta
     let mut kvs: Vec<_> = found.cloned().collect();
     let count = kvs.len();
     kvs.retain(|kv| kv.mod_revision >= request.min_mod_revision);
+    if request.count_only {
+        kvs.clear();
+    }
     let selected = kvs.len();
     let limit = usize::try_from(request.limit).unwrap_or(0);
     if limit > 0 {
@@ -387,17 +390,21 @@ impl PbKvService for Fake {
         request: Request<PbRangeRequest>,
     ) -> Result<Response<PbRangeResponse>, Status> {
         is_well_formed(self, &request, true);
+        // Only the TTL of a lease depends on a count.
+        let counts = request.get_ref().count_only;
         self.insist(
-            !request.get_ref().serializable,
-            "a read must be linearizable",
+            request.get_ref().serializable == counts,
+            "a read must be linearizable, and a count must not be",
         );
         let one = request.get_ref().range_end.is_empty();
-        self.count(if one || request.get_ref().limit == 1 {
+        self.count(if counts {
+            "count"
+        } else if one || request.get_ref().limit == 1 {
             "read"
         } else {
             "list"
         });
-        self.script().pages += u32::from(!one && request.get_ref().limit != 1);
+        self.script().pages += u32::from(!one && !counts && request.get_ref().limit != 1);
         self.admits(&request)?;
         let is_hidden = |prefix: &String| request.get_ref().key.starts_with(prefix.as_bytes());
         if self.script().hidden.as_ref().is_some_and(is_hidden) {

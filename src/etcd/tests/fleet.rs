@@ -4,12 +4,11 @@ use std::collections::BTreeMap;
 
 use super::*;
 
-/// The number of servers. Each client knows all of them.
-const SERVERS: usize = 40;
-
 /// The scripted etcd, the resolver of each client, and the registration of each server.
 struct Fleet {
     fake: Fake,
+    /// The number of servers. Each client knows all of them.
+    servers: usize,
     resolvers: Vec<Resolver>,
     registrations: Vec<Registration>,
 }
@@ -35,12 +34,12 @@ impl Counted {
 
 impl Fleet {
     /// Starts all servers, and then all clients. Waits until every client knows every server.
-    async fn start(clients: usize) -> Self {
+    async fn start(clients: usize, servers: usize) -> Self {
         let fake = Fake::new(1, 0);
         let keyspace = Keyspace::new("/gRPC/");
         let policy = AddressPolicy::default();
         let mut registrations = Vec::new();
-        for server in 0..SERVERS {
+        for server in 0..servers {
             let builder = RegistrationBuilder::service(
                 fake.etcd(1),
                 policy.clone(),
@@ -60,6 +59,7 @@ impl Fleet {
         }
         let fleet = Self {
             fake,
+            servers,
             resolvers,
             registrations,
         };
@@ -71,7 +71,8 @@ impl Fleet {
     fn is_right(&self) -> bool {
         let registered = |registration: &Registration| registration.state().is_registered();
         let known = |resolver: &Resolver| {
-            resolver.status().state == ResolverState::Fresh && resolver.instances().len() == SERVERS
+            resolver.status().state == ResolverState::Fresh
+                && resolver.instances().len() == self.servers
         };
         self.registrations.iter().all(registered) && self.resolvers.iter().all(known)
     }
@@ -105,10 +106,29 @@ impl Fleet {
     }
 }
 
-/// Returns the number of clients: 60 in the test suite, 10 000 in `make fleet`.
-fn clients() -> usize {
+/// Returns the numbers of clients and servers: 60 and 40 in the test suite. `TEST_FLEET=10000,40` sets other numbers.
+fn sizes() -> (usize, usize) {
     let given = std::env::var("TEST_FLEET").ok();
-    given.and_then(|given| given.parse().ok()).unwrap_or(60)
+    let given = given.as_deref().and_then(|given| {
+        let (clients, servers) = given.split_once(',')?;
+        Some((clients.parse().ok()?, servers.parse().ok()?))
+    });
+    given.unwrap_or((60, 40))
+}
+
+/// Returns the numbers of renewals and of reads per second that the servers send at rest, if each server counts those that registered
+/// before it: a renewal every TTL/3, and a read after the first renewal that is at least 30 s to 60 s after the previous read.
+#[allow(clippy::cast_precision_loss, reason = "the numbers are below 2^52")]
+fn renewals_and_reads(servers: usize) -> (f64, f64) {
+    let of_one = |before: usize| {
+        let ttl = (0.06 * before as f64).floor().clamp(15.0, 120.0);
+        let interval = ttl / 3.0;
+        let read_after = |wait: u32| (f64::from(wait) / interval).ceil() * interval;
+        let mean = (30..60).map(read_after).sum::<f64>() / 30.0;
+        (1.0 / interval, 1.0 / mean)
+    };
+    let sum = |(renewals, reads), (renewal, read)| (renewals + renewal, reads + read);
+    (0..servers).map(of_one).fold((0.0, 0.0), sum)
 }
 
 #[test]
@@ -119,22 +139,27 @@ fn clients() -> usize {
 fn a_fleet_in_virtual_time_sends_as_many_requests_as_documented() {
     let mut paused = tokio::runtime::Builder::new_current_thread();
     let paused = paused.enable_all().start_paused(true).build();
-    let clients = clients();
+    let (clients, servers) = sizes();
     // Jitter and lease ids use the random number generator of this thread.
     fastrand::seed(1);
     paused.expect("a runtime").block_on(async move {
-        let fleet = Fleet::start(clients).await;
+        let fleet = Fleet::start(clients, servers).await;
         // Requests at rest. In 450 s, each client reconciles its instances twice on average.
         sleep(Duration::from_secs(60)).await;
         let interval = Duration::from_secs(450);
         let rest = fleet.count(interval).await;
-        let (clients, servers) = (clients as f64, SERVERS as f64);
+        let (renewals, reads) = renewals_and_reads(servers);
+        let (clients, servers) = (clients as f64, servers as f64);
         let mean = |kind: &str| rest.per_second(kind, interval);
-        println!("{clients} clients, {servers} servers at rest: {rest:?}");
+        let all: u64 = rest.total.values().sum();
+        let all = all as f64 / interval.as_secs_f64();
+        println!(
+            "{clients} clients, {servers} servers at rest: {all:.1} requests per second, {rest:?}"
+        );
         for (kind, expected) in [
-            ("watch request", (clients + servers) / 30.0),
-            ("renewal", servers / 5.0),
-            ("read", servers / 45.0),
+            ("watch request", clients / 30.0),
+            ("renewal", renewals),
+            ("read", reads),
             ("list", clients / 225.0),
         ] {
             let found = mean(kind);
@@ -143,8 +168,6 @@ fn a_fleet_in_virtual_time_sends_as_many_requests_as_documented() {
                 "{kind}: {found} requests per second, expected {expected}"
             );
         }
-        let all: u64 = rest.total.values().sum();
-        let all = all as f64 / interval.as_secs_f64();
         assert!(
             rest.peak as f64 <= 3.0 * all + 20.0,
             "a peak of {} requests in one second, but {all} on average",
@@ -158,7 +181,9 @@ fn a_fleet_in_virtual_time_sends_as_many_requests_as_documented() {
         let all: u64 = after.total.values().sum();
         // The estimate: two requests for each client, which reads one key as a check and opens a watch; eight for each server, which renews
         // its lease, reads its key and opens a watch; and the requests at rest.
-        let expected = 2.0 * clients + 8.0 * servers + 20.0 * all_at_rest(clients, servers);
+        let expected = 2.0 * clients
+            + 8.0 * servers
+            + 20.0 * (clients / 30.0 + renewals + reads + clients / 225.0);
         assert!(
             all as f64 <= 1.2 * expected,
             "{all} requests in 20 s are too many: the estimate is {expected}"
@@ -169,9 +194,4 @@ fn a_fleet_in_virtual_time_sends_as_many_requests_as_documented() {
             "{lists} lists in 20 s are too many"
         );
     });
-}
-
-/// Returns the expected number of requests per second at rest.
-fn all_at_rest(clients: f64, servers: f64) -> f64 {
-    (clients + servers) / 30.0 + servers / 5.0 + servers / 45.0 + clients / 225.0
 }

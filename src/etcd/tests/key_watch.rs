@@ -111,3 +111,74 @@ async fn a_cancelled_key_watch_is_opened_again_and_the_key_is_read() {
     assert!(is_back(&fake, Duration::from_secs(3)).await);
     registration.deregister().await.expect("no error");
 }
+
+/// A registration does not probe the stream of its watch. It reads its key once a minute at the latest, after a renewal.
+#[tokio::test(start_paused = true)]
+async fn a_loss_that_the_key_watch_has_not_delivered_is_found_by_a_read_and_the_watch_is_opened_again()
+ {
+    let (fake, registration) = registered().await;
+    let before = fake.script().watches;
+    fake.script().counts.clear();
+    sleep(Duration::from_secs(600)).await;
+    let probes = fake.script().counts.get("watch request").copied();
+    assert_eq!(probes, None, "the watch on the own key must not be probed");
+    fake.script().lost_deletes = 1;
+    assert!(!detects_a_loss(&fake).await, "the event is lost");
+    assert!(is_back(&fake, Duration::from_secs(85)).await);
+    sleep(Duration::from_secs(3)).await;
+    assert_eq!(fake.script().watches - before, 1);
+    assert!(detects_a_loss(&fake).await);
+    registration.deregister().await.expect("no error");
+}
+
+/// Without `ttl()`, the TTL depends on the number of servers of the service.
+#[tokio::test(start_paused = true)]
+async fn the_servers_of_a_large_service_renew_less_often() {
+    let fake = Fake::new(1, 0);
+    let renewals_in_ten_minutes = async |fake: &Fake, port: u16| {
+        let builder = RegistrationBuilder::service(
+            fake.etcd(1),
+            AddressPolicy::default(),
+            Keyspace::new("/gRPC/"),
+            "greeter",
+        );
+        let builder = builder.address(format!("127.0.0.1:{port}"));
+        let registration = builder.register().await.expect("no error");
+        sleep(Duration::from_secs(60)).await;
+        fake.script().counts.clear();
+        sleep(Duration::from_secs(600)).await;
+        let renewals = fake.script().counts.get("renewal").copied();
+        (renewals.unwrap_or_default(), registration)
+    };
+    let (renewals, small) = renewals_in_ten_minutes(&fake, 1).await;
+    assert!(
+        (119..=121).contains(&renewals),
+        "{renewals} with one server"
+    );
+    small.deregister().await.expect("no error");
+    let servers = |count: u32, value: Option<&str>| {
+        let key = |server| format!("{PREFIX}10.0.0.1:{server}").into_bytes();
+        let value = value.map(|value| (value.as_bytes().to_vec(), 0));
+        (1..=count)
+            .map(|server| (key(server), value.clone()))
+            .collect()
+    };
+    fake.store().apply(servers(1_000, Some("10.0.0.1:1")));
+    let (renewals, large) = renewals_in_ten_minutes(&fake, 2).await;
+    assert!(
+        (29..=31).contains(&renewals),
+        "{renewals} with 1 001 servers"
+    );
+    // The largest number counts: after a loss of all data, the first servers that register again find few others.
+    fake.store().apply(servers(1_000, None));
+    let lease = *fake.store().leases.keys().next().expect("a lease");
+    fake.store().leases.clear();
+    fake.store()
+        .apply(vec![(format!("{PREFIX}127.0.0.1:2").into_bytes(), None)]);
+    fake.tell();
+    sleep(Duration::from_secs(60)).await;
+    assert!(!fake.store().leases.contains_key(&lease));
+    let ttls: Vec<_> = fake.store().leases.values().map(|(ttl, _)| *ttl).collect();
+    assert_eq!(ttls, [Duration::from_secs(60)]);
+    large.deregister().await.expect("no error");
+}

@@ -7,8 +7,9 @@ use super::registration_builder::{Attributes, RegistrationBuilder, Target};
 use crate::error::RegisterError;
 use crate::format::RESERVED;
 use crate::instance::{Advertisement, Instance};
-use crate::keyspace::{Keyspace, SERVICE_MAX, check_service};
+use crate::keyspace::{Keyspace, Range, SERVICE_MAX, check_service};
 use crate::registration::entry::{Entry, check_weight};
+use crate::registration::ttl::{DEFAULT_TTL, Ttl};
 use tonic_balance::{Address, error::AddressError};
 
 impl RegistrationBuilder {
@@ -85,7 +86,7 @@ impl RegistrationBuilder {
         advertisement.version.clone_from(version);
         advertisement.metadata = metadata.iter().cloned().collect();
         let keys = self.instance_keys(&advertisement)?;
-        let ttl = whole_seconds(self.ttl);
+        let ttl = self.lease_ttl();
         let entry = Entry::new(
             &keys,
             self.services(),
@@ -94,6 +95,17 @@ impl RegistrationBuilder {
             ttl,
         );
         entry.map_err(|error| format!("the format {:?} {error}", self.format))
+    }
+
+    fn lease_ttl(&self) -> Ttl {
+        match (self.ttl, &self.target) {
+            (Some(ttl), _) => Ttl::Fixed(whole_seconds(ttl)),
+            (None, Target::Service { keyspace, service }) => {
+                let prefix = self.format.service_prefix(keyspace.given(), service);
+                Ttl::ByServers(Range::prefix(&prefix))
+            }
+            (None, Target::Key(_)) => Ttl::Fixed(DEFAULT_TTL),
+        }
     }
 
     fn check_values(&self) -> Result<(), String> {
@@ -112,10 +124,12 @@ impl RegistrationBuilder {
         if let Some(weight) = weight {
             check_weight(*weight)?;
         }
-        if self.ttl < MIN_TTL || self.ttl > MAX_TTL {
+        if let Some(ttl) = self.ttl
+            && !(MIN_TTL..=MAX_TTL).contains(&ttl)
+        {
             return Err(format!(
                 "the TTL is {} s; it must be from 2 s to 1 day",
-                self.ttl.as_secs_f64()
+                ttl.as_secs_f64()
             ));
         }
         for (name, _) in metadata {

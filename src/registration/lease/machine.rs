@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::state::{AfterRevoke, KeyEntry, Lease, Removal, State, Value};
+use super::state::{AfterRevoke, KeyEntry, Lease, Removal, State, Value, Watched};
 use crate::backoff::Backoff;
 use crate::error::EtcdError;
 use crate::keyspace::{KeyValue, LeaseId, Revision};
@@ -65,8 +65,7 @@ pub(in crate::registration) struct Machine {
     /// The raft term of the last linearizable read, or of a later renewal.
     pub(super) term: u64,
     pub(super) keys: Vec<KeyEntry>,
-    /// Whether the watch on the keys is open. While it is open, the loss of a key is detected at once.
-    pub(super) key_watched: bool,
+    pub(super) watched: Watched,
     /// Whether a renewal or the watch has failed since the last successful renewal.
     pub(super) disturbed: bool,
     /// Whether the format has a leave marker.
@@ -127,7 +126,7 @@ impl Machine {
             granted: Vec::new(),
             term: 0,
             keys: vec![KeyEntry::NEW; keys],
-            key_watched: false,
+            watched: Watched::No,
             disturbed: false,
             has_leave_marker,
             not_before: None,
@@ -194,6 +193,11 @@ impl Machine {
 
     pub(super) fn live_entries(&self) -> impl Iterator<Item = &KeyEntry> {
         self.keys.iter().filter(|entry| entry.is_live())
+    }
+
+    /// Returns whether the watch on the keys is open, but has not delivered the loss of a key. The watch must then be opened again.
+    pub(in crate::registration) fn has_missed_loss(&self) -> bool {
+        self.watched == Watched::MissedLoss
     }
 
     /// Returns the time at which the lease expires. At that time, the phase can change although the machine receives no input.

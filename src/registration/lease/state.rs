@@ -103,6 +103,16 @@ impl KeyEntry {
     }
 }
 
+/// Whether the loss of a key is detected at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Watched {
+    /// No watch is open.
+    No,
+    Yes,
+    /// The watch is open, but a read has found a loss that the watch has not delivered.
+    MissedLoss,
+}
+
 /// The step after the revoke of the lease.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum AfterRevoke {
