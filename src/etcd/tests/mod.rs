@@ -203,9 +203,10 @@ async fn play(seed: u64) {
     }
     world.fake.script().faults = 0;
     world.fake.script().lost_deletes = 0;
-    // The bound covers the time until a silent watch stream is detected (41 s), a list after a backoff, and a new lease. In a lossy world,
-    // it also covers the reconciliations that find the lost deletions.
-    let bound = Duration::from_secs(65) + RECONCILE * 2 * u32::from(lossy);
+    // The bound covers the time until a registration with a silent watch reads its keys (62 s) and the time until the resolver detects a
+    // silent watch (41 s), which overlap, a list after a backoff, and a new lease. In a lossy world, it also covers the reconciliations that
+    // find the lost deletions.
+    let bound = Duration::from_secs(90) + RECONCILE * 2 * u32::from(lossy);
     let right = world.becomes_right(bound).await;
     assert!(
         right,
