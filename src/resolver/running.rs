@@ -82,7 +82,9 @@ impl RunningResolvers {
         // user's.
         let mut others = Vec::new();
         let mut running = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let entries = running.by_service.entry(service.to_owned()).or_default();
+        let entries = running.by_service.entry(service.to_owned());
+        // Nearly always, a service has one resolver.
+        let entries = entries.or_insert_with(|| Vec::with_capacity(1));
         entries.retain(Entry::is_alive);
         let mut found = None;
         for entry in entries.iter() {
