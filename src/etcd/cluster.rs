@@ -16,6 +16,7 @@ use super::members::{Members, OpenChannel};
 use super::reconcile_batch::ReconcileBatch;
 use super::request_channel::RequestChannel;
 use super::token_cell::Token;
+use super::turns::Turns;
 use super::watch::Watch;
 use super::watch_stream::WatchStreams;
 use crate::error::{EtcdError, EtcdErrorKind};
@@ -36,6 +37,8 @@ pub(super) struct Cluster {
     /// The times at which the resolvers of this handle compare their services with the keys in etcd (reconciliation). All resolvers share
     /// these times.
     slots: Slots,
+    /// Limits the requests that the resolvers send at the same time.
+    pub(super) turns: Turns,
 }
 
 impl Cluster {
@@ -47,6 +50,7 @@ impl Cluster {
             id,
             reconcile_batch: ReconcileBatch::default(),
             slots: Slots::new(Instant::now(), &mut fastrand::Rng::new()),
+            turns: Turns::default(),
         }
     }
 }

@@ -23,6 +23,7 @@ mod retry;
 mod rpc;
 mod token_cell;
 mod token_exchange;
+mod turns;
 mod watch;
 mod watch_stream;
 

@@ -13,6 +13,7 @@ mod reconcile_batch;
 mod refusals;
 mod rules;
 mod store;
+mod turns;
 mod users;
 mod watcher;
 
