@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use etcd_client::Client;
+use tokio::sync::SemaphorePermit;
 use tokio::time::Instant;
 use tonic_balance::Address;
 
@@ -141,6 +142,15 @@ impl Etcd {
             _ => return members.on_answer(service, traffic),
         };
         members.on_failure(service, traffic, failure);
+    }
+
+    /// Waits for a turn of the registry to send a request, but at most for a second. The turn ends when the result is dropped.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future takes no turn. The next call waits at the end of the queue.
+    pub(crate) async fn turn(&self) -> Option<SemaphorePermit<'_>> {
+        self.0.turns.next().await
     }
 
     /// Opens a watch on a range. The watch begins at the revision `from`, or at the current revision if `from` is `None`. Makes a single

@@ -5,8 +5,6 @@ use std::time::Duration;
 use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio::time::timeout;
 
-use super::cluster::Etcd;
-
 /// The turns of a registry: a resolver waits for one before each request.
 ///
 /// If 1 000 resolvers start at once and all of them send their requests at once, the memory of these requests is 20 kB for each resolver
@@ -20,7 +18,7 @@ impl Default for Turns {
     }
 }
 
-impl Etcd {
+impl Turns {
     /// Waits for a turn, but at most for [`TURN_TIMEOUT`]. The turn ends when the result is dropped.
     ///
     /// After the timeout, the caller sends its request without a turn. The turns may be held by requests to a member that does not answer,
@@ -29,12 +27,9 @@ impl Etcd {
     /// # Cancel safety
     ///
     /// Dropping the future takes no turn. The next call waits at the end of the queue.
-    pub(crate) async fn turn(&self) -> Option<SemaphorePermit<'_>> {
+    pub(super) async fn next(&self) -> Option<SemaphorePermit<'_>> {
         // The semaphore is never closed.
-        timeout(TURN_TIMEOUT, self.0.turns.0.acquire())
-            .await
-            .ok()?
-            .ok()
+        timeout(TURN_TIMEOUT, self.0.acquire()).await.ok()?.ok()
     }
 }
 
