@@ -894,8 +894,12 @@ async fn resolvers_and_channels_of_one_service_share_one_watch_and_one_set() {
         channel.endpoints().len() == 1
     })
     .await;
-    assert_eq!(watchers(&etcd).await, before + 1);
-    assert_eq!((others[0].status().lists, first.status().watches), (1, 1));
+    // The set is known from the list; the watch is created after it.
+    eventually("one set is watched", async || {
+        first.status().watches == 1 && watchers(&etcd).await == before + 1
+    })
+    .await;
+    assert_eq!((others[0].status().lists, others[9].status().watches), (1, 1));
     // Each of them receives the changes, also after the first one was dropped.
     drop(first);
     put(2).await;
