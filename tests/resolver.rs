@@ -899,7 +899,10 @@ async fn resolvers_and_channels_of_one_service_share_one_watch_and_one_set() {
         first.status().watches == 1 && watchers(&etcd).await == before + 1
     })
     .await;
-    assert_eq!((others[0].status().lists, others[9].status().watches), (1, 1));
+    assert_eq!(
+        (others[0].status().lists, others[9].status().watches),
+        (1, 1)
+    );
     // Each of them receives the changes, also after the first one was dropped.
     drop(first);
     put(2).await;

@@ -10,6 +10,7 @@ use tonic_balance::Address;
 
 use super::auth::Auth;
 use super::cluster_id::ClusterId;
+use super::concurrency_limit::ConcurrencyLimit;
 use super::error;
 use super::limits::DEADLINE;
 use super::member_health::{Failure, Traffic};
@@ -17,7 +18,6 @@ use super::members::{Members, OpenChannel};
 use super::reconcile_batch::ReconcileBatch;
 use super::request_channel::RequestChannel;
 use super::token_cell::Token;
-use super::turns::Turns;
 use super::watch::Watch;
 use super::watch_stream::WatchStreams;
 use crate::error::{EtcdError, EtcdErrorKind};
@@ -39,7 +39,7 @@ pub(super) struct Cluster {
     /// these times.
     slots: Slots,
     /// Limits the requests that the resolvers send at the same time.
-    pub(super) turns: Turns,
+    pub(super) concurrency_limit: ConcurrencyLimit,
 }
 
 impl Cluster {
@@ -51,7 +51,7 @@ impl Cluster {
             id,
             reconcile_batch: ReconcileBatch::default(),
             slots: Slots::new(Instant::now(), &mut fastrand::Rng::new()),
-            turns: Turns::default(),
+            concurrency_limit: ConcurrencyLimit::default(),
         }
     }
 }
@@ -144,13 +144,9 @@ impl Etcd {
         members.on_failure(service, traffic, failure);
     }
 
-    /// Waits for a turn of the registry to send a request, but at most for a second. The turn ends when the result is dropped.
-    ///
-    /// # Cancel safety
-    ///
-    /// Dropping the future takes no turn. The next call waits at the end of the queue.
-    pub(crate) async fn turn(&self) -> Option<SemaphorePermit<'_>> {
-        self.0.turns.next().await
+    /// Waits until the registry may send another request, but at most for a second. See [`ConcurrencyLimit::acquire`].
+    pub(crate) async fn acquire_permit(&self) -> Option<SemaphorePermit<'_>> {
+        self.0.concurrency_limit.acquire().await
     }
 
     /// Opens a watch on a range. The watch begins at the revision `from`, or at the current revision if `from` is `None`. Makes a single

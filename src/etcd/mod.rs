@@ -7,6 +7,7 @@
 mod auth;
 mod cluster;
 mod cluster_id;
+mod concurrency_limit;
 mod connect;
 mod decode;
 mod endpoint;
@@ -23,7 +24,6 @@ mod retry;
 mod rpc;
 mod token_cell;
 mod token_exchange;
-mod turns;
 mod watch;
 mod watch_stream;
 

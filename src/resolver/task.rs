@@ -36,14 +36,14 @@ pub(super) async fn run(
         tracing::trace!(?command, "next");
         command = match command {
             Command::List(request) => {
-                let _turn = etcd.turn().await;
+                let _permit = etcd.acquire_permit().await;
                 let page = Box::pin(etcd.list(&request)).await;
                 machine.on_page(page)
             }
             Command::Watch(revision) => {
                 // The old watch is dropped first, so that no member serves two watches of this task at the same time.
                 watch = None;
-                let _turn = etcd.turn().await;
+                let _permit = etcd.acquire_permit().await;
                 token = etcd.token();
                 match Box::pin(etcd.watch(machine.range(), Some(revision))).await {
                     Ok(opened) => {
@@ -57,7 +57,7 @@ pub(super) async fn run(
                 receive(&etcd, &mut machine, &mut watch, &core, index, &mut reported).await
             }
             Command::Check(key) => {
-                let _turn = etcd.turn().await;
+                let _permit = etcd.acquire_permit().await;
                 let answer = Box::pin(etcd.version(&key, machine.knows_value(&key))).await;
                 machine.on_checked(answer, Instant::now())
             }

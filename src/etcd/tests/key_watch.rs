@@ -114,8 +114,7 @@ async fn a_cancelled_key_watch_is_opened_again_and_the_key_is_read() {
 
 /// A registration does not probe the stream of its watch. It reads its key once a minute at the latest, after a renewal.
 #[tokio::test(start_paused = true)]
-async fn a_loss_that_the_key_watch_has_not_delivered_is_found_by_a_read_and_the_watch_is_opened_again()
- {
+async fn a_loss_that_a_silent_key_watch_misses_is_found_by_a_read_and_ends_the_watch() {
     let (fake, registration) = registered().await;
     let before = fake.script().watches;
     fake.script().counts.clear();

