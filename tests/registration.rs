@@ -371,6 +371,38 @@ async fn a_value_edited_by_hand_under_the_same_lease_is_kept() {
     assert!(registration.state().is_registered());
 }
 
+/// `etcdctl put` detaches a key from its lease. Such a key would stay in etcd for ever after the end of the server.
+#[tokio::test]
+async fn a_value_written_by_hand_is_used_and_does_not_outlive_the_server() {
+    let etcd = etcd().await;
+    let registry = registry(&etcd).await;
+    let by_hand = client(&etcd).await;
+    let resolver = registry.resolver("greeter").start();
+    let registration = register(&registry).await;
+    knows(&resolver, &["127.0.0.1:80"]).await;
+    for weight in [7, 9] {
+        let value = format!(
+            r#"{{"Op":0,"Addr":"127.0.0.1:80","Metadata":{{"weight":{weight},"owner":"shop"}}}}"#
+        );
+        let put = by_hand
+            .kv_client()
+            .put(registration.key(), value, None)
+            .await;
+        put.unwrap();
+        within(SOON, "the key has its lease again", async || {
+            is_kept(&by_hand, &registration).await
+        })
+        .await;
+        within(SOON, "the weight is used", async || {
+            let instances = resolver.instances();
+            instances.iter().all(|instance| instance.weight() == weight)
+        })
+        .await;
+    }
+    registration.deregister().await.unwrap();
+    assert_eq!(list(&by_hand, "/").await, []);
+}
+
 #[tokio::test]
 async fn a_pause_removes_the_server_and_a_resume_registers_it_again() {
     let etcd = etcd().await;

@@ -161,7 +161,7 @@ impl Format {
     }
 
     /// Decodes a value. Does not check the size of the value, and does not check the address policy.
-    pub(super) fn decode_unchecked(
+    pub(crate) fn decode_unchecked(
         &self,
         key: &str,
         value: &[u8],

@@ -78,6 +78,38 @@ impl Entry {
         entry.encoded()
     }
 
+    /// Returns whether the value has the address of this entry.
+    pub(super) fn has_own_address(&self, index: usize, value: &[u8]) -> bool {
+        self.decode(index, value).is_some()
+    }
+
+    /// Returns a copy of the entry with the weight and the metadata of a value that was written by hand. Returns `None` if the value has
+    /// another address, or if the format does not accept the result.
+    pub(super) fn edited(&self, index: usize, value: &[u8]) -> Option<Self> {
+        let edited = self.decode(index, value)?;
+        check_weight(edited.weight()).ok()?;
+        let mut instance = self.instance.clone();
+        let advertisement = instance.advertisement_mut();
+        advertisement.weight = edited.weight();
+        advertisement
+            .metadata
+            .clone_from(&edited.advertisement().metadata);
+        let entry = Self {
+            instance,
+            ..self.clone()
+        };
+        let entry = entry.encoded().ok()?;
+        entry.check_room().ok()?;
+        Some(entry)
+    }
+
+    fn decode(&self, index: usize, value: &[u8]) -> Option<Instance> {
+        let key = self.keys[index].to_string();
+        let decoded = self.format.decode_unchecked(&key, value);
+        let own = |decoded: &Instance| decoded.address() == self.instance.address();
+        decoded.ok().flatten().filter(own)
+    }
+
     fn leaving(&self) -> Instance {
         let mut leaving = self.instance.clone();
         leaving.advertisement_mut().leaving = true;

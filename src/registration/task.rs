@@ -13,7 +13,7 @@ use super::lease::{Command, Found, LEAVE_MARKER_MAX, Machine, Phase, Put};
 use super::status::RegistrationState;
 use super::ttl::{self, Ttl};
 use crate::etcd::Etcd;
-use crate::keyspace::{GuardedPut, Key, KeyValue, LeaseId};
+use crate::keyspace::{Event, GuardedPut, Key, KeyValue, LeaseId};
 
 /// A request of the owner of the registration. The task responds once the requested change is complete.
 #[derive(Debug)]
@@ -167,7 +167,7 @@ impl Task {
         let urgent = {
             let exchange = execute(
                 &self.etcd,
-                &self.entry,
+                &mut self.entry,
                 &mut self.machine,
                 &mut self.servers,
                 command,
@@ -243,8 +243,17 @@ impl Task {
                 let now = Instant::now();
                 for event in events {
                     let mut keys = self.entry.keys.iter();
-                    if let Some(index) = keys.position(|key| key == event.key()) {
-                        self.machine.on_event(index, &event, now);
+                    let Some(index) = keys.position(|key| key == event.key()) else {
+                        continue;
+                    };
+                    match &event {
+                        Event::Put(kv) if self.entry.is_by_hand(index, kv) => {
+                            if self.machine.is_claimed(index) {
+                                self.entry.adopt(index, kv);
+                            }
+                            self.machine.on_put_by_hand(index, kv);
+                        }
+                        event => self.machine.on_event(index, event, now),
                     }
                 }
             }
@@ -328,9 +337,29 @@ impl Entry {
             current: kv
                 .as_ref()
                 .is_some_and(|kv| kv.value == self.encode(*index, false)),
+            by_hand: kv.as_ref().is_some_and(|kv| self.is_by_hand(*index, kv)),
             kv,
         });
         found.collect()
+    }
+
+    /// Returns whether an operator has written this value of the registration by hand: the address is that of the server, but the key has
+    /// no lease.
+    fn is_by_hand(&self, index: usize, kv: &KeyValue) -> bool {
+        kv.lease == LeaseId::NONE && self.has_own_address(index, &kv.value)
+    }
+
+    /// Uses the weight and the metadata of a value that was written by hand.
+    fn adopt(&mut self, index: usize, kv: &KeyValue) {
+        let edited = self.edited(index, &kv.value);
+        tracing::warn!(
+            key = %self.keys[index],
+            accepted = edited.is_some(),
+            "the key was written by hand without a lease; the server uses the weight and the metadata and writes the key under its lease"
+        );
+        if let Some(edited) = edited {
+            *self = edited;
+        }
     }
 
     fn guarded_puts(&self, puts: &[Put], leaving: bool, lease: LeaseId) -> Vec<GuardedPut> {
@@ -347,7 +376,7 @@ impl Entry {
 /// Executes one command.
 async fn execute(
     etcd: &Etcd,
-    entry: &Entry,
+    entry: &mut Entry,
     machine: &mut Machine,
     servers: &mut usize,
     command: Command,
@@ -366,6 +395,14 @@ async fn execute(
                 machine.on_term(header.raft_term);
                 entry.found(&live, found)
             });
+            for found in found.iter().flatten() {
+                if let Some(kv) = &found.kv
+                    && found.by_hand
+                    && machine.is_claimed(found.index)
+                {
+                    entry.adopt(found.index, kv);
+                }
+            }
             machine.on_read(found, Instant::now());
         }
         Command::Put {

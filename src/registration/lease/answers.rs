@@ -108,6 +108,13 @@ impl Machine {
         }
         entry.foreign = None;
         entry.expected = None;
+        entry.by_hand = false;
+        if found.by_hand
+            && entry.claim == Claim::Made
+            && let Some(kv) = &found.kv
+        {
+            return entry.claim_by_hand(kv.mod_revision);
+        }
         let Some(kv) = &found.kv else {
             entry.held = None;
             entry.expected = Some(Revision::ZERO);
@@ -127,7 +134,7 @@ impl Machine {
         } else if entry.claim == Claim::Open || self.granted.contains(&kv.lease) {
             entry.expected = Some(kv.mod_revision);
         } else {
-            // A key without a lease also belongs to another client: a registration never writes a key without a lease.
+            // A key without a lease belongs to another client if its value has another address.
             entry.foreign = Some(kv.lease);
         }
     }
@@ -178,6 +185,7 @@ impl Machine {
                     entry.claim = Claim::Made;
                     entry.value = Value::Written;
                     entry.expected = None;
+                    entry.by_hand = false;
                     entry.held = Some(mod_revision);
                 }
                 self.select_state(now);
@@ -205,9 +213,16 @@ impl Machine {
             Ok(()) => {
                 self.succeeded();
                 if let Some(entry) = self.keys.get_mut(index) {
+                    entry.by_hand = false;
                     entry.mark_lost();
                 }
+                if let State::Leaving { next, .. } = self.state
+                    && self.has_nothing_to_remove()
+                {
+                    self.on_removed(next);
+                }
             }
+            Err(error) if matches!(self.state, State::Leaving { .. }) => self.failed(error, now),
             Err(error) => {
                 let again = self.schedule_retry(error, now);
                 if let Some(entry) = self.keys.get_mut(index) {

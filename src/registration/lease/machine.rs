@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::state::{AfterRevoke, KeyEntry, Lease, Removal, State, Value, WatchState};
+use super::state::{AfterRevoke, Claim, KeyEntry, Lease, Removal, State, Value, WatchState};
 use crate::backoff::Backoff;
 use crate::error::EtcdError;
 use crate::keyspace::{KeyValue, LeaseId, Revision};
@@ -26,7 +26,7 @@ pub(in crate::registration) enum Command {
         leaving: bool,
         deadline: Duration,
     },
-    /// Delete this key if it is attached to this lease. If `leave_marker` is set, first write the leave marker, on the condition that the
+    /// Delete this key if it is attached to this lease, or, with [`LeaseId::NONE`], if it has no lease. If `leave_marker` is set, first write the leave marker, on the condition that the
     /// key still has the given mod revision. The result of the delete is passed to [`Machine::on_deleted`].
     Delete {
         index: usize,
@@ -86,6 +86,8 @@ pub(in crate::registration) struct Found {
     pub(in crate::registration) kv: Option<KeyValue>,
     /// Whether the value of the key in etcd is the registration's current value.
     pub(in crate::registration) current: bool,
+    /// Whether the key has no lease and the address of this registration: the value was written by hand.
+    pub(in crate::registration) by_hand: bool,
 }
 
 /// A guarded put: the key is written only if it has the expected mod revision.
@@ -212,6 +214,37 @@ impl Machine {
         }
     }
 
+    /// Returns whether the registration has written the key. Before that, a value under the key is from an earlier run of the server.
+    pub(in crate::registration) fn is_claimed(&self, index: usize) -> bool {
+        let is_claimed = |entry: &KeyEntry| entry.claim == Claim::Made;
+        self.keys.get(index).is_some_and(is_claimed)
+    }
+
+    /// Handles a value with the registration's own address and without a lease: an operator has edited the value by hand, for example with
+    /// `etcdctl put`, which detaches the key from its lease. The key is written again, under the lease. Otherwise, it would remain for ever
+    /// after the end of the server.
+    pub(in crate::registration) fn on_put_by_hand(&mut self, index: usize, kv: &KeyValue) {
+        let Some(entry) = self.keys.get_mut(index) else {
+            return;
+        };
+        let is_newer = entry.held.is_none_or(|held| kv.mod_revision > held);
+        if !entry.is_live() || !is_newer {
+            return;
+        }
+        match self.state {
+            State::Registered => {
+                entry.claim_by_hand(kv.mod_revision);
+                self.state = State::Putting;
+            }
+            // The read of the keys, which follows, finds the value.
+            State::Superseded => {
+                entry.foreign = None;
+                self.register();
+            }
+            _ => {}
+        }
+    }
+
     /// Removes one key for good. The removal of the last live key ends the registration.
     pub(in crate::registration) fn on_remove(&mut self, index: usize) {
         if self.live().eq([index]) {
@@ -272,11 +305,17 @@ impl Machine {
         };
         self.not_before = None;
         self.state = State::Leaving { leave_marker, next };
-        // Without a current or earlier lease, no key of this registration exists. A grant whose response was lost may leave a lease in
-        // etcd, but no key is attached to that lease.
-        if self.lease.is_none() && self.unrevoked.is_empty() {
+        if self.has_nothing_to_remove() {
             self.on_removed(next);
         }
+    }
+
+    /// Returns whether no key of this registration exists: there is no current or earlier lease, and no key that was written by hand. A
+    /// grant whose response was lost may leave a lease in etcd, but no key is attached to that lease.
+    pub(super) fn has_nothing_to_remove(&self) -> bool {
+        self.lease.is_none()
+            && self.unrevoked.is_empty()
+            && !self.keys.iter().any(|entry| entry.by_hand)
     }
 
     /// Records the lease for a later revoke, which also deletes the keys that are still attached to it.

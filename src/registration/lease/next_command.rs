@@ -6,6 +6,7 @@ use tokio::time::Instant;
 
 use super::machine::{Command, DEADLINE_MAX, LEAVE_MARKER_MAX, Machine};
 use super::state::{KeyEntry, Removal, State};
+use crate::keyspace::LeaseId;
 
 impl Machine {
     /// Returns the next command.
@@ -46,10 +47,15 @@ impl Machine {
             && let Some(lease) = &self.lease
             && self.unrevoked.is_empty()
         {
+            let entry = &self.keys[index];
             return Command::Delete {
                 index,
-                lease: lease.id,
-                leave_marker: self.keys[index].held.filter(|_| self.has_leave_marker),
+                lease: if entry.by_hand {
+                    LeaseId::NONE
+                } else {
+                    lease.id
+                },
+                leave_marker: entry.held.filter(|_| self.has_leave_marker),
                 deadline,
             };
         }
@@ -103,8 +109,21 @@ impl Machine {
     fn leave(&self, leave_marker: bool, now: Instant) -> Command {
         let deadline = self.deadline();
         let own = self.lease.map(|lease| lease.id);
+        let by_hand = self.keys.iter().position(|entry| entry.by_hand);
+        if let Some(index) = by_hand
+            && self.not_before.is_none_or(|not_before| not_before <= now)
+        {
+            return Command::Delete {
+                index,
+                lease: LeaseId::NONE,
+                leave_marker: None,
+                deadline,
+            };
+        }
         let Some(lease) = own.or(self.unrevoked.last().copied()) else {
-            return Command::Wait { until: None };
+            return Command::Wait {
+                until: self.not_before.filter(|_| by_hand.is_some()),
+            };
         };
         if let Some(not_before) = self.not_before.filter(|not_before| *not_before > now) {
             return Command::Wait {

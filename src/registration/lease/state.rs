@@ -36,6 +36,9 @@ pub(super) struct KeyEntry {
     pub(super) expected: Option<Revision>,
     /// The lease that the key is attached to, if the key belongs to another server.
     pub(super) foreign: Option<LeaseId>,
+    /// Whether the key has a value of this server that was written by hand, without a lease, and is not yet overwritten. The revoke of the
+    /// lease does not delete such a key.
+    pub(super) by_hand: bool,
     pub(super) claim: Claim,
     pub(super) value: Value,
     pub(super) removal: Removal,
@@ -78,6 +81,7 @@ impl KeyEntry {
         held: None,
         expected: None,
         foreign: None,
+        by_hand: false,
         claim: Claim::Open,
         value: Value::Pending,
         removal: Removal::None,
@@ -91,6 +95,15 @@ impl KeyEntry {
     /// Returns whether the newest value must still be written.
     pub(super) fn is_pending(&self) -> bool {
         self.value == Value::Pending
+    }
+
+    /// Records a value that was written by hand. The next put overwrites it.
+    pub(super) fn claim_by_hand(&mut self, mod_revision: Revision) {
+        self.held = None;
+        self.foreign = None;
+        self.expected = Some(mod_revision);
+        self.by_hand = true;
+        self.value = Value::Pending;
     }
 
     /// Records that the key no longer exists under the registration's lease.

@@ -339,6 +339,7 @@ fn the_other_keys_stay_registered_if_one_belongs_to_another_server() {
             index,
             kv: Some(kv),
             current: false,
+            by_hand: false,
         }
     };
     let found = vec![found(0, lease, 2), found(1, other, 1_000)];
@@ -388,6 +389,7 @@ fn many_keys_are_written_and_marked_as_leaving_in_batches_of_a_hundred() {
             index,
             kv: None,
             current: false,
+            by_hand: false,
         };
         let found = machine.live().map(none).collect();
         machine.on_read(Ok(found), now);

@@ -13,6 +13,7 @@ use crate::error::{EtcdError, EtcdErrorKind};
 use crate::keyspace::{Event, Header, KeepAlive, Key, KeyValue, LeaseId, Revision};
 
 mod answers;
+mod by_hand;
 mod taken_away;
 
 const TTL: Duration = Duration::from_secs(6);
@@ -114,6 +115,7 @@ fn alone(kv: Option<KeyValue>, current: bool) -> Found {
         index: 0,
         kv,
         current,
+        by_hand: false,
     }
 }
 

@@ -43,6 +43,7 @@ impl Pair {
                     index,
                     kv: None,
                     current: false,
+                    by_hand: false,
                 };
                 let found = self.machine.live().map(none).collect();
                 self.machine.on_read(Ok(found), self.now);
