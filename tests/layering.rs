@@ -54,6 +54,9 @@ const PACKAGES: &[Package] = &[
             "resolver/instances",
             "resolver/hold",
             "registration/lease",
+            "registration/control/instruction",
+            "registration/control/keys",
+            "registration/control/status",
         ],
     },
 ];

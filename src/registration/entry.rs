@@ -1,5 +1,7 @@
 //! The contents of a registration in etcd: its keys and their values.
 
+use std::time::Duration;
+
 use super::ttl::Ttl;
 use crate::format::{Format, FormatError, MAX_VALUE, MAX_WEIGHT};
 use crate::instance::{Advertisement, Instance};
@@ -40,6 +42,19 @@ impl Entry {
         let entry = entry.encoded()?;
         entry.check_room()?;
         Ok(entry)
+    }
+
+    /// Creates an entry with the same value under every key. The value is not that of an instance.
+    pub(super) fn raw(keys: &[Key], value: &[u8], of: &Self, ttl: Duration) -> Self {
+        Self {
+            keys: keys.to_vec(),
+            services: Vec::new(),
+            instance: of.instance.clone(),
+            // This format has no leave marker.
+            format: Format::Plain,
+            ttl: Ttl::Fixed(ttl),
+            values: vec![value.to_vec(); keys.len()],
+        }
     }
 
     fn encoded(mut self) -> Result<Self, FormatError> {

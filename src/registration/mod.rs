@@ -3,6 +3,7 @@
 //! The module `lease` contains the state machine of a registration, which does no I/O. One task executes the commands of this machine.
 
 mod builder;
+mod control;
 mod entry;
 mod handle;
 mod key_watch;

@@ -118,7 +118,10 @@ impl Registration {
             loop {
                 let state = states.borrow_and_update().clone();
                 match state {
-                    RegistrationState::Registered { .. } => return Ok(()),
+                    // An operator can pause the server before its first registration.
+                    RegistrationState::Registered { .. } | RegistrationState::Paused => {
+                        return Ok(());
+                    }
                     RegistrationState::Registering {
                         last_error: Some(cause),
                     } if cause.kind().needs_operator() => {
@@ -186,6 +189,13 @@ impl Registration {
         self.request(Request::Pause).await
     }
 
+    /// Pauses the registration before its first put. Does not wait for the result.
+    pub(super) fn start_paused(&self) {
+        // The inbox is empty, and its receiver exists as long as the task. Nobody waits for the answer.
+        let (answer, _) = oneshot::channel();
+        let _ = self.requests.try_send(Request::Pause(answer));
+    }
+
     /// Restores the entry after a [`pause`](Self::pause). Returns once the entry is in etcd, or at once if it is already there.
     ///
     /// # Errors
@@ -228,7 +238,12 @@ impl Registration {
         let entry = entry.map_err(|error| {
             invalid(format!("the format {:?} {error}", self.parts.entry.format))
         })?;
-        self.request(|answer| Request::SetWeight(entry, answer))
+        self.set_entry(entry).await
+    }
+
+    /// Replaces the values of the keys. The keys stay the same.
+    pub(super) async fn set_entry(&self, entry: Entry) -> Result<(), RegisterError> {
+        self.request(|answer| Request::SetEntry(entry, answer))
             .await
     }
 

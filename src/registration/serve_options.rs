@@ -1,5 +1,7 @@
 //! The options and the state of a server that registers itself ([`ServeRegistered`](crate::ServeRegistered)).
 
+use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
 use std::time::Duration;
 
 use tokio::sync::watch;
@@ -51,6 +53,8 @@ pub(crate) struct ServeOptions {
     pub(crate) grace_period: Option<Duration>,
     pub(crate) drain_timeout: Option<Duration>,
     pub(crate) states: watch::Sender<ServerState>,
+    /// Number of open connections of the server. `None` without a server.
+    pub(crate) connections: Option<Arc<AtomicUsize>>,
     /// The started registration, which the handles read. `None` before the start.
     pub(crate) started: watch::Sender<Option<Started>>,
     /// The source of the statuses of the health service. `None` if the server has no such service.
@@ -103,6 +107,7 @@ impl Default for ServeOptions {
         Self {
             grace_period: None,
             drain_timeout: None,
+            connections: None,
             states: watch::Sender::new(ServerState::Starting),
             started: watch::Sender::new(None),
             #[cfg(feature = "health")]

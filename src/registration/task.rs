@@ -20,7 +20,7 @@ use crate::keyspace::{Event, GuardedPut, Key, KeyValue, LeaseId};
 pub(super) enum Request {
     Pause(Answer),
     Resume(Answer),
-    SetWeight(Entry, Answer),
+    SetEntry(Entry, Answer),
     /// Removes the key with this index.
     Remove(usize, Answer),
     Deregister(Answer),
@@ -182,7 +182,7 @@ impl Task {
                     // The number of deferred requests is limited. Otherwise, a caller that sends requests in a tight loop could delay two
                     // things: the response to the etcd request, and the timeout after which another member is tried.
                     request = self.inbox.recv(), if interruptible && deferred.len() < DEFERRED_MAX => match request {
-                        Some(request @ (Request::SetWeight(..) | Request::Resume(_))) => deferred.push(request),
+                        Some(request @ (Request::SetEntry(..) | Request::Resume(_))) => deferred.push(request),
                         urgent => break Some(urgent),
                     },
                 }
@@ -210,7 +210,7 @@ impl Task {
                 self.machine.on_resume();
                 self.waiting.push((Goal::Written, answer));
             }
-            Some(Request::SetWeight(entry, answer)) => {
+            Some(Request::SetEntry(entry, answer)) => {
                 self.entry = entry;
                 self.machine.on_new_value();
                 self.waiting.push((Goal::Written, answer));

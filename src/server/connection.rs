@@ -29,13 +29,18 @@ pub(super) struct Connections {
 
 #[derive(Debug, Default)]
 struct Gauges {
-    open: AtomicUsize,
+    open: Arc<AtomicUsize>,
     /// Set before `unopened` or `cut` is cancelled. A connection reads this flag on every operation. It polls the tokens, which take a
     /// lock, only if the flag is set or if the operation is pending.
     ending: AtomicBool,
 }
 
 impl Connections {
+    /// Returns the gauge of the open connections, for the registration.
+    pub(super) fn gauge(&self) -> Arc<AtomicUsize> {
+        Arc::clone(&self.gauges.open)
+    }
+
     /// Returns the number of open connections.
     pub(super) fn open(&self) -> usize {
         self.gauges.open.load(Ordering::Relaxed)

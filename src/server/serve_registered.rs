@@ -315,7 +315,7 @@ fn listen(
 async fn serve<L, ResBody, N, I, T, E>(
     router: Router<L>,
     listening: Listening<I>,
-    registration: RegistrationBuilder,
+    mut registration: RegistrationBuilder,
     stop: impl Future<Output = N>,
 ) -> Result<(), ServeError>
 where
@@ -337,6 +337,7 @@ where
         connections,
         bound,
     } = listening;
+    registration.serve.connections = Some(connections.gauge());
     #[cfg(feature = "health")]
     let router = match registration.serve.health.clone() {
         Some(health) => {

@@ -7,7 +7,7 @@ use super::registration_builder::{Attributes, RegistrationBuilder, Target};
 use crate::error::RegisterError;
 use crate::format::RESERVED;
 use crate::instance::{Advertisement, Instance};
-use crate::keyspace::{Keyspace, Range, SERVICE_MAX, check_service};
+use crate::keyspace::{Keyspace, Range, SERVICE_MAX, check_service, with_slash};
 use crate::registration::entry::{Entry, check_weight};
 use crate::registration::ttl::{DEFAULT_TTL, Ttl};
 use tonic_balance::{Address, error::AddressError};
@@ -121,6 +121,7 @@ impl RegistrationBuilder {
             ));
         }
         self.check_further()?;
+        self.check_control_prefix()?;
         if let Some(weight) = weight {
             check_weight(*weight)?;
         }
@@ -141,6 +142,31 @@ impl RegistrationBuilder {
                     "the metadata name {name:?} is reserved for the attribute of that name"
                 ));
             }
+        }
+        Ok(())
+    }
+
+    fn check_control_prefix(&self) -> Result<(), String> {
+        let Some(prefix) = &self.control_prefix else {
+            return Ok(());
+        };
+        if prefix.is_empty() || prefix.chars().any(char::is_control) || prefix.len() > MAX_KEY {
+            return Err(format!(
+                "the control prefix {prefix:?} is empty, longer than {MAX_KEY} bytes, or contains a control character"
+            ));
+        }
+        let Target::Service { keyspace, service } = &self.target else {
+            return Err(
+                "a registration at an exact key has no service, so it cannot have `operator_control`"
+                    .to_owned(),
+            );
+        };
+        let instances = self.format.service_prefix(keyspace.given(), service);
+        let control = format!("{}{service}/", with_slash(prefix));
+        if control.starts_with(&instances) {
+            return Err(format!(
+                "the control prefix {prefix:?} leads to keys below {instances:?}, the prefix of the instances; use another one, such as /gRPC.control/"
+            ));
         }
         Ok(())
     }
