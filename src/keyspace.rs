@@ -107,6 +107,20 @@ impl fmt::Debug for LeaseId {
 pub(crate) struct Key(Arc<[u8]>);
 
 impl Key {
+    /// Returns the key as text, with escaped control characters. Bytes that are not UTF-8 are replaced.
+    pub(crate) fn escaped(&self) -> String {
+        let text = String::from_utf8_lossy(&self.0);
+        let mut escaped = String::with_capacity(text.len());
+        for char in text.chars() {
+            if char.is_control() {
+                escaped.extend(char.escape_debug());
+            } else {
+                escaped.push(char);
+            }
+        }
+        escaped
+    }
+
     pub(crate) fn as_bytes(&self) -> &[u8] {
         &self.0
     }

@@ -86,6 +86,8 @@ mod backoff;
 /// The options and the states of a [`BalancedChannel`], and the sources of its endpoints. [`LbPolicy`] and [`RetryPolicy`] are at the root
 /// of the crate.
 pub mod channel {
+    #[doc(inline)]
+    pub use crate::registry::channel_status::{BalancedChannelExt, ChannelStatus, EndpointReport};
     pub use tonic_balance::channel::{
         Addresses, Attributes, ChannelBuilder, Discover, EndpointSource, EndpointState,
         EndpointStatus, Endpoints, FailurePercentageEjection, HedgingPolicy, OutlierDetection,

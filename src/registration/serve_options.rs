@@ -1,5 +1,6 @@
 //! The options and the state of a server that registers itself ([`ServeRegistered`](crate::ServeRegistered)).
 
+use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 use std::time::Duration;
@@ -31,6 +32,20 @@ pub enum ServerState {
         /// drain closes early, because the client has not started HTTP, are not counted.
         connections_cut: usize,
     },
+}
+
+impl fmt::Display for ServerState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Starting => f.write_str("starting"),
+            Self::Serving => f.write_str("serving"),
+            Self::LameDuck => f.write_str("lame duck"),
+            Self::Draining => f.write_str("draining"),
+            Self::Stopped { connections_cut } => {
+                write!(f, "stopped, {connections_cut} connections cut")
+            }
+        }
+    }
 }
 
 impl ServerState {

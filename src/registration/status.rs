@@ -1,5 +1,7 @@
 //! The state of a registration as reported to its owner.
 
+use std::fmt;
+
 use tokio::time::Instant;
 
 use super::lease::{Machine, Phase};
@@ -46,6 +48,48 @@ pub enum RegistrationState {
     Deregistered,
     /// The task of the registration has ended together with its runtime, or has panicked. The key remains until its lease expires.
     Aborted,
+}
+
+/// One line for people, for example `registered under lease 694d9a3f, which expires in 14s`.
+impl fmt::Display for RegistrationState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let last_error = match self {
+            Self::Registering { last_error } => {
+                f.write_str("registering")?;
+                last_error
+            }
+            Self::Registered {
+                lease,
+                expires,
+                last_error,
+            } => {
+                let left = expires.saturating_duration_since(Instant::now());
+                let left = left.as_secs_f64().round();
+                write!(
+                    f,
+                    "registered under lease {lease}, which expires in {left}s"
+                )?;
+                last_error
+            }
+            Self::Superseded { lease: Some(lease) } => {
+                return write!(f, "superseded by a server with lease {lease}");
+            }
+            Self::Superseded { lease: None } => {
+                return f.write_str("superseded by a key without a lease");
+            }
+            Self::Leaving { last_error } => {
+                f.write_str("leaving")?;
+                last_error
+            }
+            Self::Paused => return f.write_str("paused"),
+            Self::Deregistered => return f.write_str("deregistered"),
+            Self::Aborted => return f.write_str("aborted"),
+        };
+        match last_error {
+            Some(error) => write!(f, ", last error: {error}"),
+            None => Ok(()),
+        }
+    }
 }
 
 impl RegistrationState {

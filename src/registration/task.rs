@@ -305,9 +305,9 @@ impl Task {
             let lost = matches!(before, Some((Phase::Registered { .. }, ..)))
                 && matches!(seen.0, Phase::Registering | Phase::Superseded(_));
             if lost {
-                tracing::warn!(state = ?next, failures = seen.1, "the registration is lost");
+                tracing::warn!(state = %next, failures = seen.1, "the registration is lost");
             } else {
-                tracing::info!(state = ?next, failures = seen.1, "registration state changed");
+                tracing::info!(state = %next, failures = seen.1, "registration state changed");
             }
         } else if seen.2 && before.is_some_and(|(.., failing)| !failing) {
             // Only the first failure of a series is logged, because the attempts continue without limit.

@@ -2,6 +2,7 @@
 
 mod builder;
 mod channel;
+pub(crate) mod channel_status;
 mod registry;
 mod target;
 mod tonic_channel;

@@ -1,5 +1,7 @@
 //! The status of a resolver.
 
+use std::fmt;
+
 use tokio::time::Instant;
 
 use crate::error::EtcdError;
@@ -69,6 +71,52 @@ pub enum ResolverState {
     /// The set is the last known one, or comes from the cache or the seeds. Possible reasons: etcd has not answered yet, is unreachable, or
     /// rejects the requests; the service name is invalid; the task of the resolver has ended.
     Stale,
+}
+
+/// One line for people, for example `fresh at revision 4711 for 12s, 2 rejected values`. Numbers that are zero are left out.
+impl fmt::Display for ResolverStatus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.state)?;
+        if let Some(revision) = self.revision {
+            write!(f, " at revision {revision}")?;
+        }
+        let age = Instant::now().saturating_duration_since(self.since);
+        write!(f, " for {}s", age.as_secs())?;
+        for (number, what) in [
+            (self.rejected_values, "rejected values"),
+            (self.held as u64, "held instances"),
+            (self.cached as u64, "instances from the cache or the seeds"),
+        ] {
+            if number > 0 {
+                write!(f, ", {number} {what}")?;
+            }
+        }
+        match &self.last_error {
+            Some(error) => write!(f, ", last error: {error}"),
+            None => Ok(()),
+        }
+    }
+}
+
+impl fmt::Display for ResolverState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Unknown => "unknown",
+            Self::Fresh => "fresh",
+            Self::Stale => "stale",
+        })
+    }
+}
+
+impl fmt::Display for RejectedKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            key,
+            revision,
+            reason,
+        } = self;
+        write!(f, "{key} at revision {revision}: the value {reason}")
+    }
 }
 
 impl ResolverStatus {

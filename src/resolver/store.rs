@@ -312,7 +312,7 @@ impl Core {
         let shared = self.lock();
         let rejected = shared.registered.rejected();
         let of = |(key, revision, reason): (&Key, Revision, &FormatError)| RejectedKey {
-            key: key.to_string(),
+            key: key.escaped(),
             revision,
             reason: reason.clone(),
         };
@@ -441,7 +441,7 @@ impl Core {
             if next.state != status.state {
                 let error = next.last_error.as_ref().map(tracing::field::display);
                 let service = &self.service;
-                tracing::info!(service, state = ?next.state, instances, revision = next.revision.map(Revision::get), error, "resolver state changed");
+                tracing::info!(service, state = %next.state, instances, revision = next.revision.map(Revision::get), error, "resolver state changed");
             }
             let modified = !next.is_same(status);
             *status = next;
