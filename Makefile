@@ -40,6 +40,7 @@ lint: setup features api ## Check formatting, lints, docs, each set of features,
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --workspace --no-deps --all-features
 	$(CARGO) rustc --locked --lib -p tonic-balance --all-features -- -D unused-crate-dependencies
 	$(CARGO) rustc --locked --lib -p tonic-etcd --all-features -- -D unused-crate-dependencies
+	$(CARGO) rustc --locked --lib -p tonic-balance-channelz -- -D unused-crate-dependencies
 
 features: setup ## Check each feature alone, and in pairs, with its docs
 	@set -e; for features in $(subst none,,$(FEATURE_SETS)) ""; do \

@@ -62,6 +62,58 @@ fn hello(name: &str) -> Request<HelloRequest> {
     request
 }
 
+/// grpc-go's client of the service channelz reads the state of our channel.
+#[tokio::test]
+async fn a_go_client_reads_the_channelz_of_a_channel() {
+    let Some(go) = go().await else { return };
+    let (address, _server) = support::greeter("alpha").await;
+    // Port 1 is in the range that only privileged services use, and refuses connections.
+    let unreachable = "127.0.0.1:1".to_owned();
+    let servers = [address.to_string(), unreachable.clone()];
+    let channel = BalancedChannel::builder().addresses(servers).connect_lazy();
+    for _ in 0..3 {
+        let mut client = GreeterClient::new(channel.clone());
+        client.say_hello(hello("anyone")).await.unwrap();
+    }
+    eventually("the other endpoint has failed", async || {
+        let endpoints = channel.endpoints();
+        let failed = endpoints
+            .iter()
+            .find(|endpoint| endpoint.address.as_str() == unreachable);
+        failed.is_some_and(|endpoint| endpoint.last_error.is_some())
+    })
+    .await;
+    let channelz = tonic_balance_channelz::Channelz::new();
+    let id = channelz.add("etcd:///greeter", channel);
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let debug = listener.local_addr().unwrap().to_string();
+    let incoming = tokio_stream::wrappers::TcpListenerStream::new(listener);
+    let service = Server::builder().add_service(channelz.service());
+    let serving = tokio::spawn(service.serve_with_incoming(incoming));
+    let printed = go.run(&["channelz", "-address", &debug]).await;
+    let lines: Vec<_> = printed.lines().collect();
+    assert_eq!(lines[0], "channel etcd:///greeter READY 3 3 0", "{printed}");
+    let ready = format!("subchannel {address} READY 3 3 0");
+    let at = lines
+        .iter()
+        .position(|line| *line == ready)
+        .expect(&printed);
+    assert_eq!(lines[at + 1], format!("socket {address}"), "{printed}");
+    let failed = format!("subchannel {unreachable} ");
+    let at = lines
+        .iter()
+        .position(|line| line.starts_with(&failed))
+        .expect(&printed);
+    assert!(lines[at + 1].starts_with("event CT_WARNING "), "{printed}");
+    assert_eq!(lines.last(), Some(&"end true"), "{printed}");
+    assert!(channelz.remove(id));
+    assert_eq!(
+        go.run(&["channelz", "-address", &debug]).await,
+        "end true\n"
+    );
+    serving.abort();
+}
+
 /// Returns a channel to servers that a Go program has registered. The channel has the same target as a Go client.
 async fn channel_to_go(etcd: &Etcd) -> BalancedChannel {
     let registry = Registry::connect(etcd.endpoints()).await.unwrap();

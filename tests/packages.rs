@@ -59,6 +59,14 @@ fn disabled_features_add_no_dependency() {
 }
 
 #[test]
+fn companion_packages_are_no_dependency_of_the_library() {
+    let names = dependencies("tonic-etcd", &["--all-features"]);
+    for companion in ["tonic-balance-channelz"] {
+        assert!(!names.contains(companion), "{companion} is a dependency");
+    }
+}
+
+#[test]
 fn every_dependency_has_a_compatible_licence() {
     const ALLOWED: [&str; 9] = [
         "Apache-2.0",

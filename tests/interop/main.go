@@ -21,6 +21,7 @@ func main() {
 		"check":        check,
 		"list":         list,
 		"golden":       golden,
+		"channelz":     channelz,
 	}
 	if len(os.Args) < 2 || modes[os.Args[1]] == nil {
 		fmt.Fprintln(os.Stderr, "usage: peer MODE [FLAGS]")
