@@ -33,7 +33,13 @@ const PACKAGES: &[Package] = &[
             ("call", &["balance", "transport"]),
             ("channel", &["call", "balance", "transport"]),
         ],
-        pure: &["call/retry", "balance/outlier", "balance/zone"],
+        pure: &[
+            "call/retry",
+            "balance/estimate",
+            "balance/latencies",
+            "balance/outlier",
+            "balance/zone",
+        ],
     },
     Package {
         name: "tonic-etcd",

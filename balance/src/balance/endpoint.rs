@@ -11,7 +11,8 @@ use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
 use super::dial_permit::DialPermit;
-use super::load::{Estimate, LoadHandle};
+use super::estimate::Estimate;
+use super::load::LoadHandle;
 use super::outlier::Counts;
 use crate::address::Address;
 
@@ -362,7 +363,8 @@ pub struct EndpointStatus {
     pub connections: usize,
     /// Calls whose response has not ended.
     pub in_flight: usize,
-    /// The mean time until the head of a response, over the last few seconds; `None` until the latency of a call is known.
+    /// The mean time until the head of a response. It covers the last few seconds, or the last few calls if calls are rare. `None` until the
+    /// latency of a call is known.
     pub latency: Option<Duration>,
     /// The round-trip time of the first PING on the newest connection.
     pub round_trip: Option<Duration>,

@@ -13,8 +13,13 @@ use super::ready_set::{ReadySet, Slot, random_below};
 #[non_exhaustive]
 pub enum LbPolicy {
     /// Picks the better of two endpoints that are drawn at random: the endpoint with the smaller product of latency and load. The latency
-    /// is the mean time until the head of a response, over the last few seconds. Latencies that differ by at most 25 % count as equal. The
-    /// load is the number of calls in flight plus one. This is the default.
+    /// is the mean time until the head of a response. Latencies that differ by at most 25 % count as equal. The load is the number of calls
+    /// in flight plus one. This is the default.
+    ///
+    /// The mean covers the last few seconds. On a channel with few calls, it covers the last few samples of each endpoint, for about half a
+    /// minute at most. Without new samples, it decays to the median of all endpoints, so that a slow endpoint is tried again. An endpoint
+    /// that is fifty times as slow as the others is tried again after 16 s on a channel with many calls, and after 160 s at most. With few
+    /// calls, one slow call does not show that an endpoint is slow. Two in a row do, if each takes more than four times the median.
     ///
     /// Endpoints are drawn by weight. If two endpoints have different weights, their calls in flight are divided by their weights, and
     /// their latencies are ignored unless they differ by more than a factor of four. If the latencies are ignored, the endpoint that was

@@ -8,7 +8,8 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::endpoint::{ConnectionStats, Endpoint};
-use super::load::{Load, LoadHandle, Ticks};
+use super::estimate::Ticks;
+use super::load::{Load, LoadHandle};
 use super::picker::Candidate;
 use crate::transport::http2::Connection;
 

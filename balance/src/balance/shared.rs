@@ -10,6 +10,7 @@ use tokio::time::Instant;
 
 use super::dial_permit::DialPermit;
 use super::endpoint::{AnswerFault, Endpoint, EndpointStatus};
+use super::estimate::Reference;
 use super::load::Loads;
 use super::options::Options;
 use super::permit::Permit;
@@ -166,7 +167,7 @@ impl Shared {
         let connected = self
             .connector
             .connect(endpoint.address(), DialHistory::default(), |_| {});
-        let load = Loads::new().begin(None, 0.0);
+        let load = Loads::new().begin(None, Reference::default());
         let connection = ReadyConnection::new(
             connected.await?,
             Arc::clone(endpoint),

@@ -75,14 +75,14 @@ impl Driver {
     }
 
     fn on_recovered(&mut self, dial_id: DialId) {
-        let median = self.latencies.median();
+        let reference = self.latencies.reference();
         let Some((id, address, subchannel)) = self.subchannels.of_connection(dial_id) else {
             return;
         };
         let address = address.clone();
         if subchannel.is_stalled() {
             // The latency estimate is older than the stall, so it is replaced by the median of all endpoints.
-            subchannel.connection().load().forget(median);
+            subchannel.connection().load().forget(reference);
             tracing::info!(%address, "connection answers again");
         }
         subchannel.set_silence(Silence::None);

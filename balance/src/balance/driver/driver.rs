@@ -12,7 +12,6 @@ use super::dials::Dials;
 use super::draining::DrainingConnections;
 use super::endpoint_entry::EndpointEntry;
 use super::event_queue::Events;
-use super::latencies::Latencies;
 use super::outlier_schedule::OutlierSchedule;
 use super::pending_publication::PendingPublication;
 use super::quarantine::Quarantines;
@@ -25,7 +24,8 @@ use super::timers::Timers;
 use super::zone_preference::ZonePreference;
 use crate::address::Address;
 use crate::attributes::Attributes;
-use crate::balance::load::Ticks;
+use crate::balance::estimate::Ticks;
+use crate::balance::latencies::Latencies;
 use crate::balance::options::Options;
 use crate::balance::picker::LbPolicy;
 use crate::balance::ready_connection::ReadyEntry;
@@ -175,7 +175,9 @@ impl Driver {
         self.dial_second_connections(now);
         self.remove_connections(now);
         let ticks = Ticks::at(now, self.shared.started);
-        self.in_use = self.latencies.refresh(&self.ready_sets, ticks);
+        let primary = self.ready_sets.primary().map(ReadyEntry::load);
+        let all = self.ready_sets.all().map(ReadyEntry::load);
+        self.in_use = self.latencies.refresh(primary, all, ticks);
         self.forget_drained();
     }
 }

@@ -20,7 +20,6 @@ mod dials;
 mod draining;
 mod endpoint_entry;
 mod event_queue;
-mod latencies;
 mod outlier_schedule;
 mod pending_publication;
 mod quarantine;

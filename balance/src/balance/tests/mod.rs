@@ -1,3 +1,4 @@
 //! Tests that involve several files of this folder.
 
 mod simulation;
+mod sparse_callers;

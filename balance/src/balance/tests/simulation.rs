@@ -6,13 +6,15 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::balance::load::{LoadHandle, Loads, Ticks, median};
+use crate::balance::estimate::Ticks;
+use crate::balance::latencies::Latencies;
+use crate::balance::load::LoadHandle;
 use crate::balance::picker::{Candidate, LbPolicy, Pick, Picker, SCAN_LIMIT};
 use crate::balance::ready_set::{ReadySet, ReadySetBuilder};
 
 /// How calls arrive.
 #[derive(Clone, Copy, Debug)]
-enum Callers {
+pub(super) enum Callers {
     /// One call is started per period. The value is the period in microseconds.
     OpenLoop(u64),
     /// The value is the number of callers. Each caller starts a call when its previous call has ended.
@@ -20,22 +22,25 @@ enum Callers {
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Server {
-    weight: u32,
+pub(super) struct Server {
+    pub(super) weight: u32,
     /// The mean time of a call to an idle server, in microseconds. The time of each call is up to 20 % longer or shorter.
-    service_time_us: f64,
+    pub(super) service_time_us: f64,
     /// The time that each other call in flight adds, as a multiple of `service_time_us`.
-    queueing: f64,
+    pub(super) queueing: f64,
     /// The time that each second of idleness adds to the next call, as a multiple of `service_time_us`. Idleness of more than a second
     /// counts as a second.
-    idle_penalty: f64,
+    pub(super) idle_penalty: f64,
+    /// The share of expensive calls. The time of such a call does not depend on the server.
+    pub(super) expensive_share: f64,
 }
 
-const EQUAL: Server = Server {
+pub(super) const EQUAL: Server = Server {
     weight: 1,
     service_time_us: 100.0,
     queueing: 0.01,
     idle_penalty: 0.0,
+    expensive_share: 0.0,
 };
 
 #[derive(Clone, Debug)]
@@ -58,89 +63,103 @@ impl Candidate for Connection {
     }
 }
 
-/// A channel with one connection to each server.
-struct Simulation {
-    servers: Vec<Server>,
+/// A channel with one connection to each server, and its callers.
+pub(super) struct Simulation {
+    /// A test may replace a server between two calls.
+    pub(super) servers: Vec<Server>,
+    callers: Callers,
     connections: Vec<Connection>,
+    latencies: Latencies,
     set: ReadySet<Connection>,
     picker: Picker,
     rng: fastrand::Rng,
     /// When the last call of each server ended, in microseconds.
     ended: Vec<u64>,
-    calls: Vec<u32>,
     /// The end, the server and the start of each call in flight.
     running: BinaryHeap<Reverse<(u64, usize, u64)>>,
+    /// When the next call of an open loop starts.
+    due: u64,
+    refresh_at: u64,
     epoch: Instant,
 }
 
 impl Simulation {
-    fn new(policy: LbPolicy, servers: &[Server]) -> Self {
-        let (mut loads, mut builder) = (Loads::new(), ReadySetBuilder::new(false));
+    pub(super) fn new(policy: LbPolicy, servers: &[Server], callers: Callers, seed: u64) -> Self {
+        let (mut latencies, mut builder) = (Latencies::new(), ReadySetBuilder::new(false));
         let mut connections = Vec::new();
         for (server, Server { weight, .. }) in servers.iter().enumerate() {
-            let load = loads.begin(None, 0.0);
+            let load = latencies.begin(None);
             load.set_limit(usize::MAX);
             let connection = Connection { server, load };
             connections.push(connection.clone());
             builder.insert(server, connection, *weight);
         }
-        Self {
+        let mut rng = fastrand::Rng::with_seed(seed);
+        let due = match callers {
+            Callers::OpenLoop(period) => rng.u64(..period),
+            Callers::ClosedLoop(_) => u64::MAX,
+        };
+        let mut simulation = Self {
             servers: servers.to_vec(),
+            callers,
             connections,
+            latencies,
             set: builder.freeze(),
-            picker: Picker::new(policy, Some(7)),
-            rng: fastrand::Rng::with_seed(7),
+            picker: Picker::new(policy, Some(seed)),
+            rng,
             ended: vec![0; servers.len()],
-            calls: vec![0; servers.len()],
             running: BinaryHeap::new(),
+            due,
+            refresh_at: REFRESH,
             epoch: Instant::now(),
+        };
+        if let Callers::ClosedLoop(callers) = callers {
+            for _ in 0..callers {
+                simulation.start(0);
+            }
         }
+        simulation
     }
 
-    /// Returns the share of the calls that each server gets. The first fifth of the calls is not counted.
-    fn shares(mut self, callers: Callers) -> Vec<f64> {
-        let (period, mut due, callers) = match callers {
-            Callers::OpenLoop(period) => (period, 0, 0),
-            Callers::ClosedLoop(callers) => (0, u64::MAX, callers),
-        };
-        for _ in 0..callers {
-            self.start(0);
-        }
-        let mut refresh = REFRESH;
-        let mut started = 0;
-        while started < CALLS {
+    /// Runs until the next call starts. Returns the time in microseconds, and the server that gets the call.
+    pub(super) fn next_call(&mut self) -> (u64, usize) {
+        loop {
             let end = self
                 .running
                 .peek()
                 .map_or(u64::MAX, |Reverse((end, ..))| *end);
-            let now = end.min(due).min(refresh);
-            if now == refresh {
+            let now = end.min(self.due).min(self.refresh_at);
+            if now == self.refresh_at {
                 self.refresh(now);
-                refresh += REFRESH;
                 continue;
             }
-            let is_end = now == end;
-            if is_end {
+            if now == end {
                 self.end(now);
-            } else {
-                due += period;
             }
-            if !is_end || callers > 0 {
-                self.start(now);
-                started += 1;
+            match self.callers {
+                Callers::OpenLoop(period) if now == self.due => self.due += period,
+                Callers::ClosedLoop(_) => {}
+                Callers::OpenLoop(_) => continue,
             }
-            if started == CALLS / 5 {
-                self.calls.fill(0);
-            }
+            return (now, self.start(now));
         }
-        let total = f64::from(self.calls.iter().sum::<u32>());
-        self.calls
-            .iter()
-            .map(|calls| f64::from(*calls) / total)
-            .collect()
     }
 
-    fn start(&mut self, now: u64) {
+    /// Returns the share of [`CALLS`] calls that each server gets. The first fifth of the calls is not counted.
+    fn shares(mut self) -> Vec<f64> {
+        for _ in 0..CALLS / 5 {
+            self.next_call();
+        }
+        let counted = CALLS - CALLS / 5;
+        let mut calls = vec![0; self.servers.len()];
+        for _ in 0..counted {
+            calls[self.next_call().1] += 1;
+        }
+        let share = |calls| f64::from(calls) / f64::from(counted);
+        calls.into_iter().map(share).collect()
+    }
+
+    fn start(&mut self, now: u64) -> usize {
         let Pick::Taken(connection) = self.picker.pick(&self.set, |_| true, SCAN_LIMIT) else {
             panic!("a connection without a limit should take the call");
         };
@@ -156,10 +175,15 @@ impl Simulation {
         let slower =
             (1.0 + server.queueing * f64::from(others)) * (1.0 + server.idle_penalty * idle);
         let noise = 0.8 + 0.4 * self.rng.f64();
-        let took = Duration::from_secs_f64(server.service_time_us * slower * noise / 1e6);
+        let service_time_us = if self.rng.f64() < server.expensive_share {
+            EXPENSIVE_US
+        } else {
+            server.service_time_us
+        };
+        let took = Duration::from_secs_f64(service_time_us * slower * noise / 1e6);
         let end = now + u64::try_from(took.as_micros()).expect("fits into 64 bits");
-        self.calls[index] += 1;
         self.running.push(Reverse((end, index, now)));
+        index
     }
 
     fn end(&mut self, now: u64) {
@@ -173,17 +197,11 @@ impl Simulation {
     }
 
     /// Updates the estimates as the driver does.
-    fn refresh(&self, now: u64) {
-        let loads = self.connections.iter().map(|connection| &connection.load);
-        let estimates = loads.clone().filter_map(|load| load.estimate());
-        let median = median(
-            &mut estimates
-                .map(|estimate| estimate.mean())
-                .collect::<Vec<_>>(),
-        );
-        for load in loads {
-            load.refresh(median, self.ticks(now));
-        }
+    fn refresh(&mut self, now: u64) {
+        let ticks = self.ticks(now);
+        let loads = || self.connections.iter().map(|connection| &*connection.load);
+        let in_use = self.latencies.refresh(loads(), loads(), ticks);
+        self.refresh_at = now + if in_use { REFRESH } else { IDLE_REFRESH };
     }
 
     fn ticks(&self, now: u64) -> Ticks {
@@ -191,9 +209,12 @@ impl Simulation {
     }
 }
 
-/// The refresh interval of the driver, in microseconds.
+/// The refresh intervals of the driver, in microseconds.
 const REFRESH: u64 = 200_000;
+const IDLE_REFRESH: u64 = 2_000_000;
 const CALLS: u32 = 10_000;
+/// The time of an expensive call to an idle server, in microseconds.
+const EXPENSIVE_US: f64 = 50_000.0;
 
 const CALLERS: [Callers; 10] = [
     Callers::OpenLoop(1_000),
@@ -214,7 +235,8 @@ fn assert_fair(policy: LbPolicy, servers: [Server; 2]) {
     let weights = servers.map(|server| f64::from(server.weight));
     let fair = weights[1] / (weights[0] + weights[1]);
     for callers in CALLERS {
-        let share = Simulation::new(policy, &servers).shares(callers)[1];
+        let share = Simulation::new(policy, &servers, callers, 7).shares()[1];
+        println!("{weights:?}, {callers:?}: share {share:.3}, fair {fair:.3}");
         assert!(
             (share - fair).abs() < 0.03,
             "{callers:?}: share {share} instead of {fair}, {servers:?}"
@@ -278,7 +300,7 @@ fn a_slow_server_is_avoided_at_every_weight() {
             Callers::ClosedLoop(4),
             Callers::ClosedLoop(32),
         ] {
-            let share = Simulation::new(LbPolicy::Latency, &servers).shares(callers)[1];
+            let share = Simulation::new(LbPolicy::Latency, &servers, callers, 7).shares()[1];
             assert!(share < 0.01, "{callers:?}: share {share}, {servers:?}");
         }
     }
