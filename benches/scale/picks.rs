@@ -17,26 +17,66 @@ use super::peer::{in_memory, ready};
 const ENDPOINTS: [usize; 3] = [10, 1_000, 10_000];
 const ROUNDS: usize = 9;
 const PICKS: u32 = 500_000;
-const POLICIES: [(&str, LbPolicy, bool); 6] = [
-    ("latency", LbPolicy::Latency, false),
-    ("least-request", LbPolicy::LeastRequest, false),
-    ("round-robin", LbPolicy::WeightedRoundRobin, false),
-    ("latency-weighted", LbPolicy::Latency, true),
-    ("least-request-weighted", LbPolicy::LeastRequest, true),
-    ("round-robin-weighted", LbPolicy::WeightedRoundRobin, true),
+/// The name, the policy, and the weight of the endpoint with an index.
+type Case = (&'static str, LbPolicy, fn(usize) -> u32);
+
+const CASES: [Case; 9] = [
+    ("latency", LbPolicy::Latency, equal),
+    ("least-request", LbPolicy::LeastRequest, equal),
+    ("round-robin", LbPolicy::WeightedRoundRobin, equal),
+    ("latency-weighted", LbPolicy::Latency, one_to_four),
+    (
+        "least-request-weighted",
+        LbPolicy::LeastRequest,
+        one_to_four,
+    ),
+    (
+        "round-robin-weighted",
+        LbPolicy::WeightedRoundRobin,
+        one_to_four,
+    ),
+    (
+        "round-robin-one-heavy",
+        LbPolicy::WeightedRoundRobin,
+        |index| one_heavy(index, 1_000),
+    ),
+    (
+        "round-robin-one-very-heavy",
+        LbPolicy::WeightedRoundRobin,
+        |index| one_heavy(index, 100_000),
+    ),
+    ("round-robin-decades", LbPolicy::WeightedRoundRobin, decades),
 ];
+
+fn equal(_: usize) -> u32 {
+    1
+}
+
+fn one_to_four(index: usize) -> u32 {
+    1 + index as u32 % 4
+}
+
+/// Returns the weights of a set in which one endpoint has this weight, and all others have the weight 1.
+fn one_heavy(index: usize, weight: u32) -> u32 {
+    if index == 5 { weight } else { 1 }
+}
+
+/// Returns weights from 1 to 100 000.
+fn decades(index: usize) -> u32 {
+    10_u32.pow(index as u32 % 6)
+}
 
 pub fn run() {
     println!(
         "\nL3: one pick among ready endpoints, with its permit released at once (target: under 100 ns with one thread; at most 2 x as long for 10 000 endpoints as for 10)\n"
     );
     println!(
-        "| policy | endpoints | ns, 1 thread | ratio to 10 endpoints | ns, 2 threads | instructions |\n|---|---|---|---|---|---|"
+        "| policy and weights | endpoints | ns, 1 thread | ratio to 10 endpoints | ns, 2 threads | instructions |\n|---|---|---|---|---|---|"
     );
-    for (name, policy, weighted) in POLICIES {
+    for (name, policy, weight) in CASES {
         let mut least = None;
         for endpoints in ENDPOINTS {
-            let (_runtime, channel) = channel(policy, weighted, endpoints);
+            let (_runtime, channel) = channel(policy, weight, endpoints);
             let (alone, together) = (nanos(&channel, 1), nanos(&channel, 2));
             let least = *least.get_or_insert(alone);
             let instructions = instructions(name, endpoints);
@@ -49,7 +89,11 @@ pub fn run() {
 }
 
 /// Returns a channel on which calls with random latencies were already answered.
-fn channel(policy: LbPolicy, weighted: bool, endpoints: usize) -> (Runtime, BalancedChannel) {
+fn channel(
+    policy: LbPolicy,
+    weight: fn(usize) -> u32,
+    endpoints: usize,
+) -> (Runtime, BalancedChannel) {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
         .enable_all()
@@ -58,8 +102,7 @@ fn channel(policy: LbPolicy, weighted: bool, endpoints: usize) -> (Runtime, Bala
     let changes = (0..endpoints).map(move |index| {
         let ip = [10, 0, (index >> 8) as u8, index as u8];
         let address = Address::try_from(std::net::SocketAddr::from((ip, 1))).expect("valid");
-        let weight = if weighted { 1 + index as u32 % 4 } else { 1 };
-        let instance = Instance::new(address.clone()).with_weight(weight);
+        let instance = Instance::new(address.clone()).with_weight(weight(index));
         Ok::<_, std::convert::Infallible>(Change::Insert(address, instance))
     });
     let channel = runtime.block_on(async {
@@ -101,7 +144,7 @@ fn nanos(channel: &BalancedChannel, threads: usize) -> f64 {
 }
 
 /// Returns the instructions per pick, as counted by callgrind in a separate process.
-fn instructions(policy: &str, endpoints: usize) -> String {
+fn instructions(name: &str, endpoints: usize) -> String {
     if endpoints == 1_000 {
         return String::new();
     }
@@ -113,7 +156,7 @@ fn instructions(policy: &str, endpoints: usize) -> String {
             "--toggle-collect=tonic_balance::channel::bench::pick*",
         ])
         .arg(std::env::current_exe().unwrap())
-        .args(["count", policy, &endpoints.to_string(), &picks.to_string()])
+        .args(["count", name, &endpoints.to_string(), &picks.to_string()])
         .output();
     let Ok(output) = output else {
         return "no valgrind".to_owned();
@@ -130,12 +173,9 @@ fn instructions(policy: &str, endpoints: usize) -> String {
 }
 
 /// Performs the picks that callgrind measures.
-pub fn count(policy: &str, endpoints: usize, picks: u32) {
-    let (_, policy, weighted) = POLICIES
-        .into_iter()
-        .find(|(name, ..)| *name == policy)
-        .unwrap();
-    let (_runtime, channel) = channel(policy, weighted, endpoints);
+pub fn count(case: &str, endpoints: usize, picks: u32) {
+    let (_, policy, weight) = CASES.into_iter().find(|(name, ..)| *name == case).unwrap();
+    let (_runtime, channel) = channel(policy, weight, endpoints);
     for _ in 0..picks {
         assert!(black_box(pick(black_box(&channel))));
     }
