@@ -17,7 +17,7 @@ MSRV := 1.88.0
 FEATURE_SETS := none tls health testing tls,health tls,testing health,testing
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo lint features api minimal-versions msrv test test-newest interop soak bench fleet fmt clean
+.PHONY: help setup demo lint features api minimal-versions msrv test test-newest interop soak bench fleet pictures fmt clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -114,6 +114,12 @@ fleet: setup ## Measure what a fleet of clients and servers costs etcd
 	$(CARGO) bench --locked --bench fleet -- $(FLEET)
 	@echo "a fleet of 10 000 clients in virtual time"
 	TEST_FLEET=10000,40 $(CARGO) test --release --locked --all-features --lib -- --nocapture a_fleet_in_virtual_time
+
+pictures: setup ## Measure and draw the pictures of docs/performance.md, which needs Python 3
+	@mkdir -p target
+	$(CARGO) test --locked -p tonic-balance --lib -- --nocapture a_slow_server_is_avoided_by_channels_with_few_calls > target/shares.txt
+	$(CARGO) bench --locked --bench load -- L1e L2 > target/load.txt
+	benches/plot target/shares.txt target/load.txt
 
 fmt: ## Format the code
 	$(CARGO) fmt --all

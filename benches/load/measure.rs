@@ -283,7 +283,7 @@ pub async fn compare(title: &str, load: &Load, peers: &[Peer], table: Table) {
             "| peer | calls/s | CPU per call | p50 | ratio of calls/s | ratio of CPU per call | ratio of p50 | failed |\n|---|---|---|---|---|---|---|---|"
         ),
         Table::Latencies => println!(
-            "| peer | calls/s | p50 | p99 | p99.9 | ratio of calls/s | failed |\n|---|---|---|---|---|---|---|"
+            "| peer | calls/s | p50 | p75 | p90 | p95 | p98 | p99 | p99.9 | ratio of calls/s | failed |\n|---|---|---|---|---|---|---|---|---|---|---|"
         ),
     }
     for (peer, own) in peers.iter().zip(&samples) {
@@ -310,13 +310,17 @@ pub async fn compare(title: &str, load: &Load, peers: &[Peer], table: Table) {
                 ratio(&Sample::cpu_per_call),
                 ratio(&|sample| sample.percentile(0.5)),
             ),
-            Table::Latencies => println!(
-                "| {name} | {rate:.0} | {:.2} ms | {:.2} ms | {:.2} ms | {:.2} | {failed} |",
-                p50 / 1e3,
-                middle(&|sample| sample.percentile(0.99)) / 1e3,
-                middle(&|sample| sample.percentile(0.999)) / 1e3,
-                ratio(&Sample::rate),
-            ),
+            Table::Latencies => {
+                let percentiles = [0.5, 0.75, 0.9, 0.95, 0.98, 0.99, 0.999].map(|share| {
+                    let latency = middle(&|sample| sample.percentile(share));
+                    format!("{:.2} ms", latency / 1e3)
+                });
+                println!(
+                    "| {name} | {rate:.0} | {} | {:.2} | {failed} |",
+                    percentiles.join(" | "),
+                    ratio(&Sample::rate),
+                );
+            }
         }
     }
 }
