@@ -20,6 +20,7 @@
     reason = "this is a benchmark, and a failed step ends it with a panic"
 )]
 
+mod bare_h2;
 #[path = "../../examples/greeter/mod.rs"]
 mod greeter;
 mod measure;

@@ -1,16 +1,16 @@
 //! The compared clients: tonic's own channels, hand-written P2C (power of two choices) over bare hyper and bare `h2` connections, and
 //! `BalancedChannel`.
 
-use std::future::{Future, poll_fn};
+use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::task::{Context, Poll, ready};
+use std::sync::atomic::AtomicUsize;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::{HeaderMap, Request, Response};
-use http_body::{Body as HttpBody, Frame};
+use http::{Request, Response};
+use http_body::Body as HttpBody;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::net::TcpStream;
 use tonic::body::Body;
@@ -22,6 +22,7 @@ use tonic_etcd::{
 };
 use tower::Service;
 
+use super::bare_h2::{H2, Ticket, absolute, pick};
 use super::measure::{self, Load, Sample};
 
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
@@ -152,19 +153,11 @@ async fn hyper_connections(addresses: Vec<String>) -> Hyper {
 }
 
 async fn h2_connections(addresses: Vec<String>) -> H2 {
-    let mut connections = Vec::new();
+    let mut sockets = Vec::new();
     for address in addresses {
-        let mut builder = h2::client::Builder::new();
-        builder
-            .initial_window_size(1 << 20)
-            .initial_connection_window_size(64 << 20)
-            .max_frame_size(256 << 10)
-            .enable_push(false);
-        let (send, connection) = builder.handshake(connect(&address).await).await.unwrap();
-        tokio::spawn(connection);
-        connections.push((send, AtomicUsize::new(0)));
+        sockets.push(connect(&address).await);
     }
-    H2(connections.into())
+    H2::over(sockets).await
 }
 
 /// Returns a channel after all its endpoints have become ready, so that the dials are not measured.
@@ -185,39 +178,6 @@ async fn connect(address: &str) -> TcpStream {
     let io = TcpStream::connect(address).await.unwrap();
     io.set_nodelay(true).unwrap();
     io
-}
-
-/// Picks the less loaded of two random connections.
-fn pick<T>(connections: &[(T, AtomicUsize)]) -> usize {
-    let a = fastrand::usize(..connections.len());
-    let b = (a + fastrand::usize(1..connections.len())) % connections.len();
-    let load = |index: usize| connections[index].1.load(Ordering::Relaxed);
-    if load(a) <= load(b) { a } else { b }
-}
-
-/// Counts a call as load of its connection until the ticket is dropped. [`Hyper`] drops the ticket when the response head has arrived.
-/// [`H2`] drops the ticket together with the response body.
-struct Ticket<T> {
-    connections: Arc<[(T, AtomicUsize)]>,
-    index: usize,
-}
-
-impl<T> Ticket<T> {
-    fn new(connections: &Arc<[(T, AtomicUsize)]>, index: usize) -> Self {
-        connections[index].1.fetch_add(1, Ordering::Relaxed);
-        Self {
-            connections: Arc::clone(connections),
-            index,
-        }
-    }
-}
-
-impl<T> Drop for Ticket<T> {
-    fn drop(&mut self) {
-        self.connections[self.index]
-            .1
-            .fetch_sub(1, Ordering::Relaxed);
-    }
 }
 
 type HyperSend = hyper::client::conn::http2::SendRequest<Body>;
@@ -245,87 +205,5 @@ impl Service<Request<Body>> for Hyper {
             drop(ticket);
             response
         })
-    }
-}
-
-/// P2C over `h2` connections, without any other feature, and only for unary calls. This peer is the upper bound for the other peers.
-#[derive(Clone)]
-pub struct H2(Arc<[(h2::client::SendRequest<Bytes>, AtomicUsize)]>);
-
-impl Service<Request<Body>> for H2 {
-    type Response = Response<H2Body>;
-    type Error = h2::Error;
-    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Self::Error>> + Send>>;
-
-    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
-        Poll::Ready(Ok(()))
-    }
-
-    fn call(&mut self, request: Request<Body>) -> Self::Future {
-        let index = pick(&self.0);
-        let ticket = Ticket::new(&self.0, index);
-        let mut send = self.0[index].0.clone();
-        Box::pin(async move {
-            let (mut head, mut body) = request.into_parts();
-            head.uri = absolute(&head.uri);
-            let (response, mut stream) = send.send_request(Request::from_parts(head, ()), false)?;
-            let mut ended = false;
-            while !ended
-                && let Some(Ok(frame)) = poll_fn(|cx| Pin::new(&mut body).poll_frame(cx)).await
-            {
-                if let Ok(data) = frame.into_data() {
-                    ended = body.is_end_stream();
-                    stream.send_data(data, ended)?;
-                }
-            }
-            if !ended {
-                stream.send_data(Bytes::new(), true)?;
-            }
-            let (head, body) = response.await?.into_parts();
-            Ok(Response::from_parts(
-                head,
-                H2Body {
-                    stream: body,
-                    trailers: false,
-                    _ticket: ticket,
-                },
-            ))
-        })
-    }
-}
-
-fn absolute(uri: &http::Uri) -> http::Uri {
-    let mut parts = uri.clone().into_parts();
-    parts.scheme = Some(http::uri::Scheme::HTTP);
-    parts.authority = Some(http::uri::Authority::from_static("localhost"));
-    http::Uri::from_parts(parts).unwrap()
-}
-
-pub struct H2Body {
-    stream: h2::RecvStream,
-    trailers: bool,
-    _ticket: Ticket<h2::client::SendRequest<Bytes>>,
-}
-
-impl HttpBody for H2Body {
-    type Data = Bytes;
-    type Error = h2::Error;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, h2::Error>>> {
-        if !self.trailers {
-            match ready!(self.stream.poll_data(cx)) {
-                Some(Ok(data)) => {
-                    let _ = self.stream.flow_control().release_capacity(data.len());
-                    return Poll::Ready(Some(Ok(Frame::data(data))));
-                }
-                Some(Err(error)) => return Poll::Ready(Some(Err(error))),
-                None => self.trailers = true,
-            }
-        }
-        let trailers: Option<HeaderMap> = ready!(self.stream.poll_trailers(cx))?;
-        Poll::Ready(trailers.map(|trailers| Ok(Frame::trailers(trailers))))
     }
 }
