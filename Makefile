@@ -17,10 +17,10 @@ MSRV := 1.88.0
 FEATURE_SETS := none tls health testing tls,health tls,testing health,testing
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo lint features api minimal-versions msrv test test-newest interop soak bench fleet pictures fmt clean
+.PHONY: help setup demo lint features api minimal-versions msrv test test-newest interop soak bench instructions fleet pictures fmt clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## Install what building and testing need: protoc, etcd, a linker, rustfmt, clippy
 	@scripts/setup
@@ -107,6 +107,10 @@ soak: setup ## Run all tests with the times, sizes and numbers of seeds that `ma
 
 bench: setup ## Run the benchmarks
 	$(CARGO) bench --locked
+
+# Under valgrind, and compared with benches/instructions/baseline.json.
+instructions: setup ## Compare the instructions of a call with the baseline; INSTRUCTIONS_UPDATE=1 writes the baseline
+	$(CARGO) bench --locked --bench instructions
 
 # FLEET has the scenarios and the options: make fleet FLEET="rest restart --number 300". etcd is the one of ETCD_BIN.
 fleet: setup ## Measure what a fleet of clients and servers costs etcd

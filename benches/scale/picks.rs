@@ -1,7 +1,6 @@
 //! L3: the cost of one pick whose permit is released at once, for few and for many ready endpoints.
 
 use std::hint::black_box;
-use std::process::Command;
 use std::sync::Barrier;
 use std::time::Duration;
 
@@ -71,7 +70,7 @@ pub fn run() {
         "\nL3: one pick among ready endpoints, with its permit released at once (target: under 100 ns with one thread; at most 2 x as long for 10 000 endpoints as for 10)\n"
     );
     println!(
-        "| policy and weights | endpoints | ns, 1 thread | ratio to 10 endpoints | ns, 2 threads | instructions |\n|---|---|---|---|---|---|"
+        "| policy and weights | endpoints | ns, 1 thread | ratio to 10 endpoints | ns, 2 threads |\n|---|---|---|---|---|"
     );
     for (name, policy, weight) in CASES {
         let mut least = None;
@@ -79,9 +78,8 @@ pub fn run() {
             let (_runtime, channel) = channel(policy, weight, endpoints);
             let (alone, together) = (nanos(&channel, 1), nanos(&channel, 2));
             let least = *least.get_or_insert(alone);
-            let instructions = instructions(name, endpoints);
             println!(
-                "| {name} | {endpoints} | {alone:.0} | {:.2} | {together:.0} | {instructions} |",
+                "| {name} | {endpoints} | {alone:.0} | {:.2} | {together:.0} |",
                 alone / least
             );
         }
@@ -141,42 +139,4 @@ fn nanos(channel: &BalancedChannel, threads: usize) -> f64 {
         })
     };
     median((0..ROUNDS).map(|_| round()).collect())
-}
-
-/// Returns the instructions per pick, as counted by callgrind in a separate process.
-fn instructions(name: &str, endpoints: usize) -> String {
-    if endpoints == 1_000 {
-        return String::new();
-    }
-    let picks = 20_000;
-    let output = Command::new("valgrind")
-        .args([
-            "--tool=callgrind",
-            "--callgrind-out-file=/dev/null",
-            "--toggle-collect=tonic_balance::channel::bench::pick*",
-        ])
-        .arg(std::env::current_exe().unwrap())
-        .args(["count", name, &endpoints.to_string(), &picks.to_string()])
-        .output();
-    let Ok(output) = output else {
-        return "no valgrind".to_owned();
-    };
-    let text = String::from_utf8_lossy(&output.stderr);
-    let collected = text
-        .lines()
-        .find_map(|line| line.split_once("Collected : "))
-        .and_then(|(_, figure)| figure.trim().parse::<f64>().ok());
-    collected.map_or_else(
-        || "not counted".to_owned(),
-        |collected| format!("{:.0}", collected / f64::from(picks)),
-    )
-}
-
-/// Performs the picks that callgrind measures.
-pub fn count(case: &str, endpoints: usize, picks: u32) {
-    let (_, policy, weight) = CASES.into_iter().find(|(name, ..)| *name == case).unwrap();
-    let (_runtime, channel) = channel(policy, weight, endpoints);
-    for _ in 0..picks {
-        assert!(black_box(pick(black_box(&channel))));
-    }
 }

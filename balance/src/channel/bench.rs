@@ -9,7 +9,7 @@ use crate::balance::{Permit, Pick};
 
 /// Picks an endpoint and releases the permit. The cost of this function is the cost that balancing adds to a call. Returns whether an
 /// endpoint was picked.
-// Never inlined, so that its instructions can be counted.
+// Never inlined, so that a loop of picks is not optimized as a whole.
 #[inline(never)]
 #[must_use]
 pub fn pick(channel: &BalancedChannel) -> bool {
