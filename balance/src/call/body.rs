@@ -38,6 +38,8 @@ struct Stream {
     deadline: Option<Deadline>,
     /// Whether the head carried the gRPC status.
     status_in_head: bool,
+    /// Whether a data frame was returned.
+    has_begun: bool,
 }
 
 impl ResponseBody {
@@ -59,6 +61,7 @@ impl ResponseBody {
             core,
             deadline,
             status_in_head,
+            has_begun: false,
         });
         Self {
             stream,
@@ -95,9 +98,11 @@ impl Body for ResponseBody {
                 Some(deadline)
             }
             // A server that ignores the deadline may send faster than the client reads. Then no read is pending, and the timer is never
-            // polled, so the deadline is compared with the clock at each data frame.
+            // polled, so the deadline is compared with the clock at each data frame but the first. The response of a unary call has one
+            // data frame, so it needs no clock read.
             (Poll::Ready(Some(Ok(frame))), Some(deadline)) if frame.is_data() => {
-                Some(deadline).filter(|deadline| Instant::now() >= deadline.at())
+                let has_begun = std::mem::replace(&mut stream.has_begun, true);
+                Some(deadline).filter(|deadline| has_begun && Instant::now() >= deadline.at())
             }
             _ => None,
         };

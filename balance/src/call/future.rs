@@ -26,7 +26,7 @@ use super::retry_loop::{self, Retrying};
 use super::routing::Routing;
 use super::status;
 use crate::balance::Pick;
-use crate::transport::deadline::{self, Deadline, GRPC_TIMEOUT};
+use crate::transport::deadline::Deadline;
 use crate::transport::request_body::Outgoing;
 
 pin_project! {
@@ -58,19 +58,20 @@ impl ResponseFuture {
     pub(crate) fn new(core: Arc<Core>, request: Request<Body>) -> Self {
         let (mut head, body) = request.into_parts();
         request_headers::set_user_agent(&core.user_agent, &mut head.headers);
-        let timeout = deadline::parse(&head.headers);
-        let timeout = timeout.or_else(|| {
-            let (timeout, header) = core.timeout.as_ref()?;
-            head.headers.insert(GRPC_TIMEOUT, header.clone());
-            Some(*timeout)
-        });
+        let mut headers = Headers::new(head.headers, &core.user_agent);
+        if headers.timeout().is_none()
+            && let Some((timeout, field)) = &core.timeout
+        {
+            headers.set_timeout(*timeout, field);
+        }
+        let timeout = headers.timeout();
         let deadline = timeout.and_then(|timeout| Deadline::after(timeout, Instant::now()));
         let wait = head.extensions.get::<WaitForReady>();
         let wait_for_ready = wait.map_or(core.wait_for_ready, |wait| wait.0);
         let call = Call {
             method: head.method,
             uri: head.uri,
-            headers: Headers::new(head.headers, &core.user_agent, deadline.is_some()),
+            headers,
             extensions: head.extensions,
             wait_for_ready,
         };

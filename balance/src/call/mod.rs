@@ -19,6 +19,7 @@ mod future;
 mod hedging;
 mod history;
 mod http_status;
+mod kept_fields;
 mod prepare;
 mod request;
 mod request_headers;
