@@ -17,7 +17,7 @@ MSRV := 1.88.0
 FEATURE_SETS := none tls health testing tls,health tls,testing health,testing
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo lint features api minimal-versions msrv test test-newest interop soak bench instructions fleet pictures fmt clean
+.PHONY: help setup demo lint features api minimal-versions msrv test test-newest interop soak bench bench-peers instructions fleet pictures fmt clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +36,7 @@ lint: setup features api ## Check formatting, lints, docs, each set of features,
 	$(CARGO) clippy --locked --workspace --all-targets --all-features -- -D warnings
 	$(CARGO) clippy --locked --test peers --all-features -- -D warnings
 	$(CARGO) clippy --locked --bench fleet --all-features -- -D warnings
+	$(CARGO) clippy --locked --bench peers --all-features -- -D warnings
 	$(CARGO) clippy --locked --workspace --lib --no-default-features -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --workspace --no-deps --all-features
 	$(CARGO) rustc --locked --lib -p tonic-balance --all-features -- -D unused-crate-dependencies
@@ -111,6 +112,12 @@ bench: setup ## Run the benchmarks
 # Under valgrind, and compared with benches/instructions/baseline.json.
 instructions: setup ## Compare the instructions of a call with the baseline; INSTRUCTIONS_UPDATE=1 writes the baseline
 	$(CARGO) bench --locked --bench instructions
+
+# PEERS names the scenarios: make bench-peers PEERS="unary-16 slow kill join".
+bench-peers: setup ## Compare the channel with grpc-go and tonic-xds, where Go is
+	@folder=$$(CARGO="$(CARGO)" scripts/setup-bench-peers) && if [ -n "$$folder" ]; then \
+		BENCH_PEERS=$$folder $(CARGO) bench --locked --bench peers -- $(PEERS); \
+	fi
 
 # FLEET has the scenarios and the options: make fleet FLEET="rest restart --number 300". etcd is the one of ETCD_BIN.
 fleet: setup ## Measure what a fleet of clients and servers costs etcd

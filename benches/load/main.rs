@@ -38,7 +38,7 @@ use tonic_etcd::{LbPolicy, RetryPolicy, channel::OutlierDetection};
 fn main() {
     let args: Vec<String> = std::env::args().skip(1).collect();
     if let Some(position) = args.iter().position(|arg| arg == "serve") {
-        return server::serve(args[position + 1].parse().unwrap());
+        return server::serve(args[position + 1].parse().unwrap(), &args[position + 2]);
     }
     let wanted: Vec<_> = args
         .into_iter()

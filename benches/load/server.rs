@@ -15,18 +15,33 @@ pub struct ServerProcess {
     child: Child,
     _stdin: ChildStdin,
     address: String,
+    delay: u64,
 }
 
 impl ServerProcess {
     /// Starts one server for each delay. The delays are in microseconds.
     pub fn start_many(delays: &[u64]) -> Vec<Self> {
-        delays.iter().map(|delay| Self::start(*delay)).collect()
+        let start = |delay: &u64| Self::start(*delay, "127.0.0.1:0");
+        delays.iter().map(start).collect()
     }
 
-    fn start(delay: u64) -> Self {
+    /// Kills the process (SIGKILL).
+    #[allow(dead_code, reason = "not every benchmark kills servers")]
+    pub fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    /// Starts the server again at the same address, after [`kill`](Self::kill).
+    #[allow(dead_code, reason = "not every benchmark kills servers")]
+    pub fn restart(&mut self) {
+        *self = Self::start(self.delay, &self.address);
+    }
+
+    fn start(delay: u64, address: &str) -> Self {
         let mut command = Command::new(std::env::current_exe().unwrap());
         command
-            .args(["serve", &delay.to_string()])
+            .args(["serve", &delay.to_string(), address])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped());
         let mut child = command.spawn().unwrap();
@@ -38,6 +53,7 @@ impl ServerProcess {
             _stdin: child.stdin.take().unwrap(),
             child,
             address: address.trim().to_owned(),
+            delay,
         }
     }
 
@@ -56,8 +72,8 @@ impl Drop for ServerProcess {
     }
 }
 
-/// Serves until standard input is closed.
-pub fn serve(delay: u64) {
+/// Serves until standard input is closed. Responses are delayed by `delay` microseconds.
+pub fn serve(delay: u64, address: &str) {
     std::thread::spawn(|| {
         let _ = std::io::stdin().read(&mut [0]);
         std::process::exit(0);
@@ -67,7 +83,7 @@ pub fn serve(delay: u64) {
         .build()
         .unwrap();
     runtime.block_on(async {
-        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let listener = tokio::net::TcpListener::bind(address).await.unwrap();
         println!("{}", listener.local_addr().unwrap());
         let service = GreeterServer::new(Echo {
             delay: Duration::from_micros(delay),

@@ -30,8 +30,8 @@ mod server;
 
 fn main() {
     let args: Vec<String> = std::env::args().skip(1).collect();
-    if let ["serve", delay] = args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
-        return server::serve(delay.parse().unwrap());
+    if let ["serve", delay, address] = args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        return server::serve(delay.parse().unwrap(), address);
     }
     let wanted: Vec<_> = args.iter().filter(|arg| arg.starts_with('L')).collect();
     let wants = |name: &str| wanted.is_empty() || wanted.iter().any(|wanted| *wanted == name);
