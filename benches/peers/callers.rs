@@ -61,7 +61,7 @@ impl Load {
     pub async fn run<C: Caller>(self, caller: C) {
         let flags = Arc::new(Flags::default());
         let callers: Vec<_> = (0..self.callers)
-            .map(|_| tokio::spawn(self.calls(caller.clone(), Arc::clone(&flags))))
+            .map(|index| tokio::spawn(self.calls(index, caller.clone(), Arc::clone(&flags))))
             .collect();
         tokio::time::sleep(self.warm_up).await;
         println!("measuring");
@@ -95,9 +95,12 @@ impl Load {
         );
     }
 
-    async fn calls<C: Caller>(self, mut caller: C, flags: Arc<Flags>) -> Counted {
+    async fn calls<C: Caller>(self, index: usize, mut caller: C, flags: Arc<Flags>) -> Counted {
         let name = "x".repeat(self.size);
         let mut counted = Counted::default();
+        // The first turns of the callers are spread over the period. Otherwise all calls would be made at the same time.
+        let first = self.period * index as u32 / self.callers as u32;
+        tokio::time::sleep(first).await;
         let mut turns = (!self.period.is_zero()).then(|| tokio::time::interval(self.period));
         while !flags.stop.load(Ordering::Relaxed) {
             if let Some(turns) = &mut turns {

@@ -94,7 +94,7 @@ func (load load) run(client pb.GreeterClient) {
 	var callers sync.WaitGroup
 	samples := make([]sample, load.callers)
 	for index := range samples {
-		callers.Go(func() { samples[index] = load.caller(client, &counting, &stop) })
+		callers.Go(func() { samples[index] = load.caller(index, client, &counting, &stop) })
 	}
 	time.Sleep(load.warmUp)
 	fmt.Println("measuring")
@@ -116,10 +116,12 @@ func (load load) run(client pb.GreeterClient) {
 		total.percentile(0.5), total.percentile(0.99), total.percentile(0.999))
 }
 
-func (load load) caller(client pb.GreeterClient, counting, stop *atomic.Bool) (counted sample) {
+func (load load) caller(index int, client pb.GreeterClient, counting, stop *atomic.Bool) (counted sample) {
 	name := strings.Repeat("x", load.size)
 	var turns <-chan time.Time
 	if load.period > 0 {
+		// The first turns of the callers are spread over the period, as in callers.rs.
+		time.Sleep(load.period * time.Duration(index) / time.Duration(load.callers))
 		ticker := time.NewTicker(load.period)
 		defer ticker.Stop()
 		turns = ticker.C
