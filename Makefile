@@ -113,8 +113,8 @@ bench: setup ## Run the benchmarks
 instructions: setup ## Compare the instructions of a call with the baseline; INSTRUCTIONS_UPDATE=1 writes the baseline
 	$(CARGO) bench --locked --bench instructions
 
-# PEERS names the scenarios: make bench-peers PEERS="unary-16 slow kill join".
-bench-peers: setup ## Compare the channel with grpc-go and tonic-xds, where Go is
+# PEERS selects scenarios: make bench-peers PEERS="unary-16 slow kill join".
+bench-peers: setup ## Compare the channel with grpc-go and tonic-xds, if Go is installed
 	@folder=$$(CARGO="$(CARGO)" scripts/setup-bench-peers) && if [ -n "$$folder" ]; then \
 		BENCH_PEERS=$$folder $(CARGO) bench --locked --bench peers -- $(PEERS); \
 	fi

@@ -17,9 +17,9 @@ use super::server::ServerProcess;
 use super::table;
 use super::world::World;
 
-const ROUNDS: usize = 5;
+const ROUNDS: usize = 4;
 /// Servers that join in each round of each client.
-const JOINS: usize = 12;
+const JOINS: usize = 10;
 /// The pause before a key is put or deleted.
 const REST: Duration = Duration::from_millis(120);
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -35,7 +35,7 @@ const fn load(callers: usize, period: Duration) -> Load {
     Load {
         callers,
         size: 16,
-        warm_up: Duration::from_secs(1),
+        warm_up: Duration::from_millis(600),
         // Longer than a round takes, which ends the client.
         duration: Duration::from_secs(600),
         period,
