@@ -119,14 +119,25 @@ impl Estimate {
         }
     }
 
+    /// Returns the estimate of a connection whose samples no longer count. The median counts as a sample. Without a sample, the connection
+    /// would be preferred like a new one.
+    pub(crate) fn of_median(reference: Reference) -> Self {
+        Self {
+            mean: reference.median,
+            samples: 1,
+            ..Self::default()
+        }
+    }
+
     /// Returns the latency that picks compare right after a sample, before it decays.
     ///
+    /// Without samples, an endpoint counts as faster than the median, so that a new endpoint gets its first call sooner.
     /// With fewer than [`WARM`] samples, an endpoint counts as no slower than the median, because the first calls to a cold server are
     /// slow. Samples far above the median are an exception: after one of them the endpoint is avoided for a short time, and
     /// [`EVIDENCE`] consecutive ones count in full.
     pub(crate) fn effective(self, reference: Reference) -> f32 {
         let limit = match (self.samples, self.far) {
-            (0, _) => return reference.median,
+            (0, _) => return reference.median * UNTRIED,
             (WARM.., _) | (_, EVIDENCE..) => return self.mean,
             (_, 0) => reference.median,
             (_, 1..) => reference.median * DOUBT,
@@ -225,6 +236,10 @@ const FAR: f32 = 4.0;
 /// Number of consecutive samples far above the median that count as evidence that an endpoint is slow. If every tenth call is expensive, two
 /// in a row are expensive once in a hundred calls.
 const EVIDENCE: u8 = 2;
+/// Without samples, an endpoint counts as having this fraction of the median latency. The fraction is just low enough that picks do not
+/// ignore the difference as noise: of two idle endpoints, the new one is picked. A lower fraction would send more calls to a cold server
+/// until its first response. With this one, the calls in flight to it exceed those to another endpoint by at most a third.
+const UNTRIED: f32 = 0.75;
 /// A single sample far above the median counts as this many times the median.
 const DOUBT: f32 = 2.0;
 /// A sample with a larger weight dominates the mean: it is one of the last ten samples, or nearly so.

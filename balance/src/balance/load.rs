@@ -33,7 +33,7 @@ pub(crate) struct Load {
 
 impl Load {
     /// Initializes the load of a new connection. The latency is that of an earlier connection to the same endpoint if there was one, and
-    /// else the median of all endpoints.
+    /// else a fraction of the median of all endpoints.
     fn begin(&self, inherited: Option<Estimate>, reference: Reference) {
         let estimate = inherited.unwrap_or_default();
         let latency = estimate.effective(reference);
@@ -142,7 +142,7 @@ impl Load {
 
     /// Discards all samples, because the peer did not answer for a while. The latency is then the median.
     pub(crate) fn forget(&self, reference: Reference) {
-        self.begin(None, reference);
+        self.begin(Some(Estimate::of_median(reference)), reference);
     }
 
     /// Returns the estimate, if it has samples.
@@ -211,7 +211,7 @@ impl Loads {
     }
 
     /// Returns the load of a new connection. No call is in flight. The latency is that of an earlier connection to the same endpoint if
-    /// there was one, and else the median of all endpoints.
+    /// there was one, and else a fraction of the median of all endpoints.
     pub(crate) fn begin(
         &mut self,
         inherited: Option<Estimate>,
@@ -284,9 +284,23 @@ mod tests {
     }
 
     #[test]
-    fn a_new_endpoint_starts_with_the_median_latency() {
+    fn an_endpoint_that_answers_again_after_a_stall_counts_as_the_median() {
+        let load = warmed(ms(50));
+        let reference = Reference {
+            median: 1_500.0,
+            ..Reference::default()
+        };
+        load.forget(reference);
+        load.refresh(reference, at(1));
+        assert!(near(load.latency(), 1_500.0), "{} us", load.latency());
+        load.on_head(ms(1), at(60_000));
+        assert!(near(load.latency(), 1_000.0), "{} us", load.latency());
+    }
+
+    #[test]
+    fn a_new_endpoint_counts_as_faster_than_the_median_until_its_first_response() {
         let load = fresh(1_500.0);
-        assert!(near(load.latency(), 1_500.0));
+        assert!(near(load.latency(), 1_125.0), "{} us", load.latency());
         load.on_head(ms(5), at(0));
         assert!(
             near(load.latency(), 1_500.0),

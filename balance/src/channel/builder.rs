@@ -105,8 +105,8 @@ impl<S> ChannelBuilder<S> {
     }
 
     /// Sets how long a new endpoint takes to reach its full share of the calls. In this time, its weight grows from a tenth to the full
-    /// weight, as in Envoy's slow start. Disabled by default: a new endpoint starts with the median latency of all endpoints, so it is not
-    /// flooded with calls. Enable slow start for servers that are slow until they have warmed up.
+    /// weight, as in Envoy's slow start. Disabled by default: a new endpoint counts as hardly faster than the median of all endpoints, so it
+    /// is not flooded with calls. Enable slow start for servers that are slow until they have warmed up.
     pub fn slow_start(mut self, window: Duration) -> Self {
         self.config.options.slow_start = (!window.is_zero()).then_some(window);
         self

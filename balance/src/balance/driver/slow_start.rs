@@ -1,9 +1,9 @@
 //! Slow start: the weight of an endpoint that has just become ready grows gradually.
 //!
 //! A new server has cold caches, empty pools and code that is not compiled yet. Even without slow start, the default policy does not flood
-//! a new server, because a connection without samples counts as having the median latency of all endpoints. For servers that need a gentler
-//! start, slow start lets the weight grow over a configured time, the *window*. The formula is Envoy's with an aggression of 1: the weight
-//! is multiplied by the elapsed fraction of the window, but by no less than 0.1.
+//! a new server, because a connection without samples counts as hardly faster than the median of all endpoints. For servers that need a
+//! gentler start, slow start lets the weight grow over a configured time, the *window*. The formula is Envoy's with an aggression of 1: the
+//! weight is multiplied by the elapsed fraction of the window, but by no less than 0.1.
 
 use std::collections::HashMap;
 use std::time::Duration;
