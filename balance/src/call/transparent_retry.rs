@@ -196,20 +196,28 @@ pub(super) async fn recover(
             status::deadline_exceeded_at(core, late, "waiting for the response", permit.endpoint());
         return Err(Failed::at(&permit, status, None));
     }
+    // A call that is still in the queue of a lost connection was never sent. A private connection is made for one call, which it must not
+    // cost more than once.
+    let is_unsent = is_connection_lost(&error)
+        && !permit.is_private()
+        && !permit.http2().has_sent(exchange.stream_id());
     let body = match kept.body() {
         Some(body) => Some(body),
         None => returned_body(exchange.into_pumped().await).map_err(Failed::permanent)?,
     };
     let blame = permit.http2().goaway_error();
-    if is_connection_lost(&error) && (blame.is_some() || !is_unprocessed(&error)) {
+    let is_unprocessed = is_unsent || is_unprocessed(&error);
+    if is_connection_lost(&error) && !is_unsent && (blame.is_some() || !is_unprocessed) {
         history.on_connection_lost(blame.is_some(), permit.is_private());
     }
     match body {
-        Some(body) if is_unprocessed(&error) && !history.is_to_blame() => {
+        Some(body) if is_unprocessed && !history.is_to_blame() => {
             let address = permit.endpoint().address();
             tracing::debug!(%address, %error, "the call was not processed: sending it again");
             permit.on_refused();
-            if error.is_go_away() {
+            if is_unsent {
+                history.exclude_connection(&permit, error);
+            } else if error.is_go_away() {
                 history.add_closed(&permit, error);
             } else {
                 history.add_refused(&permit, error);

@@ -3,6 +3,7 @@
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
+use h2::StreamId;
 use h2::client::ResponseFuture;
 use http::{Request, Response};
 
@@ -43,6 +44,10 @@ impl Exchange {
             Outgoing::Stream { read, rest } => Some(Pump::start(stream, read, rest, recall)),
         };
         Ok(Self { response, pump })
+    }
+
+    pub(crate) fn stream_id(&self) -> StreamId {
+        self.response.stream_id()
     }
 
     /// Polls for the response's head.

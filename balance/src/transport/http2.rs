@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use h2::client::{ResponseFuture, SendRequest};
-use h2::{Ping, PingPong, Reason, SendStream};
+use h2::{Ping, PingPong, Reason, SendStream, StreamId};
 use http::Request;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::mpsc;
@@ -19,6 +19,7 @@ use super::activity::{Activity, Watched};
 use super::connection_task::{ConnectionEvent, OnEvent, Task, streams_for_calls};
 use super::frames::recognise_protocol;
 use super::pinger::Pinger;
+use super::sent_streams::LastSent;
 use super::stall_detection::{KeepAlive, PingCause, Pings};
 use super::write_batch::Batched;
 
@@ -83,6 +84,7 @@ pub(crate) struct Connection {
     send: SendRequest<Bytes>,
     round_trip: Duration,
     activity: Arc<Activity>,
+    last_sent: LastSent,
     /// Requests PINGs from the connection's task. Dropping the sender shows the task that no more calls will be sent.
     ping_requests: mpsc::UnboundedSender<PingCause>,
 }
@@ -139,6 +141,7 @@ impl Connection {
         T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
         let io = Watched::new(socket.clone(), Arc::clone(&activity));
+        let last_sent = socket.last_sent();
         let handshake = settings.builder().handshake::<_, Bytes>(io);
         let (send, mut connection) = handshake.await?;
         let mut pings = connection.ping_pong();
@@ -179,6 +182,7 @@ impl Connection {
                 send,
                 round_trip,
                 activity,
+                last_sent,
                 ping_requests: request_sender,
             },
         })
@@ -193,6 +197,11 @@ impl Connection {
     /// Returns whether the peer allows the reserved streams and at least one stream for calls.
     pub(crate) fn has_reserve(&self) -> bool {
         self.send.current_max_send_streams() > self.reserved
+    }
+
+    /// Returns false if the socket has not taken the HEADERS of a stream. The peer has then certainly not processed the stream.
+    pub(crate) fn has_sent(&self, stream: StreamId) -> bool {
+        self.last_sent.includes(stream)
     }
 
     /// Returns the round trip time of the first PING.

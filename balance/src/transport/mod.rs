@@ -15,6 +15,7 @@ pub(crate) mod http2;
 mod pinger;
 pub(crate) mod request_body;
 pub(crate) mod response_body;
+mod sent_streams;
 pub(crate) mod stall_detection;
 #[cfg(feature = "tls")]
 pub(crate) mod tls;

@@ -11,6 +11,8 @@ use std::task::{Context, Poll, ready};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
+use super::sent_streams::{LastSent, SentStreams};
+
 /// The socket of a connection, as h2 sees it. Clones share the socket.
 ///
 /// The lock is never contended: h2 and [`Batched::poll_end`] are called by one task, in turn.
@@ -28,6 +30,7 @@ struct Socket<T> {
     collected: usize,
     /// Whether the socket must be flushed.
     needs_flush: bool,
+    sent: SentStreams,
     /// The error of a write at the end of a poll, which h2 receives with its next call.
     error: Option<io::Error>,
 }
@@ -41,6 +44,7 @@ impl<T> Batched<T> {
             written: 0,
             collected: 0,
             needs_flush: false,
+            sent: SentStreams::new(),
             error: None,
         })))
     }
@@ -49,6 +53,11 @@ impl<T> Batched<T> {
         // No code panics while the lock is held, except possibly the socket of a custom connector. Such a panic ends the connection's task,
         // and with it the connection.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Returns the last stream whose HEADERS the socket has taken. The value changes with each write.
+    pub(super) fn last_sent(&self) -> LastSent {
+        self.lock().sent.last().clone()
     }
 
     /// Starts to collect writes. From now on, every poll of h2 must be followed by [`poll_end`](Self::poll_end).
@@ -75,7 +84,9 @@ impl<T> Socket<T> {
 
     /// Records that the socket has taken bytes of the buffer.
     fn advance(&mut self, bytes: usize) {
+        let start = self.written;
         self.written += bytes;
+        self.sent.on_taken(&self.buffer[start..self.written]);
         if self.written == self.buffer.len() {
             self.buffer.clear();
             self.written = 0;
@@ -132,7 +143,9 @@ impl<T: AsyncWrite + Unpin> Socket<T> {
             // A large write is not copied: the socket gets it together with the collected bytes.
             let collected = self.pending().len();
             let bytes = if collected == 0 {
-                return write_parts(&mut self.io, cx, parts);
+                let bytes = ready!(write_parts(&mut self.io, cx, parts))?;
+                self.on_parts_taken(parts, bytes);
+                return Poll::Ready(Ok(bytes));
             } else {
                 let io = Pin::new(&mut self.io);
                 let pending = &self.buffer[self.written..];
@@ -151,8 +164,20 @@ impl<T: AsyncWrite + Unpin> Socket<T> {
             }
             self.advance(bytes.min(collected));
             if bytes > collected {
+                self.on_parts_taken(parts, bytes - collected);
                 return Poll::Ready(Ok(bytes - collected));
             }
+        }
+    }
+}
+
+impl<T> Socket<T> {
+    /// Records that the socket has taken the first `bytes` of a write.
+    fn on_parts_taken(&mut self, parts: &[IoSlice<'_>], mut bytes: usize) {
+        for part in parts {
+            let taken = bytes.min(part.len());
+            self.sent.on_taken(&part[..taken]);
+            bytes -= taken;
         }
     }
 }

@@ -371,6 +371,76 @@ async fn a_call_above_the_last_stream_of_a_goaway_is_sent_again_after_a_reconnec
     assert!(took < Duration::from_secs(10), "{took:?}");
 }
 
+/// The first call fills the socket, so the second one stays in the queue of the connection until the server is killed.
+#[tokio::test]
+async fn a_call_that_never_left_a_lost_connection_is_sent_to_another_server_and_one_that_left_is_not()
+ {
+    let back = Greeter::start("back");
+    let (accepts, mut accepted) = mpsc::unbounded_channel();
+    let (kill, killed) = tokio::sync::watch::channel(false);
+    let to = back.address();
+    let (changes, stream) = mpsc::unbounded_channel();
+    let channel = BalancedChannel::builder()
+        .connector(move |address: Address| {
+            let (near, far) = tokio::io::duplex(1 << 12);
+            let (accepts, mut killed, to) = (accepts.clone(), killed.clone(), to.clone());
+            async move {
+                if address.host() != Some("full") {
+                    let mut server = tokio::net::TcpStream::connect(to).await?;
+                    tokio::spawn(async move {
+                        let mut far = far;
+                        let _ = tokio::io::copy_bidirectional(&mut far, &mut server).await;
+                    });
+                    return Ok(near);
+                }
+                tokio::spawn(async move {
+                    let mut connection = h2::server::handshake(far).await.expect("a connection");
+                    let call = connection.accept().await;
+                    // The server reads no more bytes.
+                    accepts.send(call.is_some()).expect("the test runs");
+                    let _ = killed.wait_for(|killed| *killed).await;
+                });
+                Ok::<_, io::Error>(near)
+            }
+        })
+        .discover(UnboundedReceiverStream::new(stream))
+        .connect_lazy();
+    insert(&changes, "full:1", Attributes::new());
+    ready(&channel, 1).await;
+    let call = |size: usize| {
+        let channel = channel.clone();
+        tokio::spawn(async move {
+            let mut client = GreeterClient::new(channel);
+            client.say_hello(hello(&"x".repeat(size))).await
+        })
+    };
+    let left = call(60_000);
+    assert!(
+        in_time("the first call", accepted.recv())
+            .await
+            .expect("a server")
+    );
+    let unsent = call(1);
+    until("the second call is in the queue", || {
+        channel
+            .endpoints()
+            .iter()
+            .any(|status| status.in_flight == 2)
+    })
+    .await;
+    insert(&changes, "back:1", Attributes::new());
+    ready(&channel, 2).await;
+    kill.send(true).expect("the server runs");
+    let unsent = in_time("the second call", unsent).await.expect("no panic");
+    let reply = unsent.expect("another server serves the call");
+    assert!(reply.into_inner().message.contains("back"));
+    let left = in_time("the first call", left).await.expect("no panic");
+    assert_eq!(
+        left.expect_err("it may have been processed").code(),
+        Code::Unavailable
+    );
+}
+
 /// All streams of very many connections are in use, and one call waits. Whichever connection has a free stream first, the waiting call gets
 /// that stream.
 #[tokio::test]
