@@ -61,7 +61,7 @@ fn disabled_features_add_no_dependency() {
 #[test]
 fn companion_packages_are_no_dependency_of_the_library() {
     let names = dependencies("tonic-etcd", &["--all-features"]);
-    for companion in ["tonic-balance-channelz"] {
+    for companion in ["tonic-balance-channelz", "opentelemetry", "clap"] {
         assert!(!names.contains(companion), "{companion} is a dependency");
     }
 }

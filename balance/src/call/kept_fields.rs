@@ -25,25 +25,39 @@ impl Fields {
     /// Appends the fields to a map.
     pub(super) fn append_to(&self, map: &mut HeaderMap) {
         let mut rest = &self.0[..];
-        while let Some((is_sensitive, name, value, others)) = split_field(rest) {
+        while let Some((field, others)) = split_field(rest) {
             rest = others;
             // The bytes of a name and of a value are always valid.
-            if let (Ok(name), Ok(mut value)) =
-                (HeaderName::from_bytes(name), HeaderValue::from_bytes(value))
-            {
-                value.set_sensitive(is_sensitive);
+            if let (Ok(name), Ok(mut value)) = (
+                HeaderName::from_bytes(field.name),
+                HeaderValue::from_bytes(field.value),
+            ) {
+                value.set_sensitive(field.is_sensitive);
                 map.append(name, value);
             }
         }
     }
 }
 
+/// The parts of one field.
+struct Field<'a> {
+    is_sensitive: bool,
+    name: &'a [u8],
+    value: &'a [u8],
+}
+
 /// Splits the bytes into the first field and the other fields.
-fn split_field(bytes: &[u8]) -> Option<(bool, &[u8], &[u8], &[u8])> {
+fn split_field(bytes: &[u8]) -> Option<(Field<'_>, &[u8])> {
     let (is_sensitive, rest) = bytes.split_first()?;
     let (name, rest) = split_part(rest)?;
     let (value, rest) = split_part(rest)?;
-    Some((*is_sensitive == 1, name, value, rest))
+    let is_sensitive = *is_sensitive == 1;
+    let field = Field {
+        is_sensitive,
+        name,
+        value,
+    };
+    Some((field, rest))
 }
 
 fn split_part(bytes: &[u8]) -> Option<(&[u8], &[u8])> {

@@ -122,6 +122,7 @@ mod tests {
     use super::*;
     use crate::keyspace::{Key, LeaseId};
 
+    #[expect(clippy::unnecessary_wraps, reason = "a read returns an option")]
     fn kv(revision: i64, value: &str) -> Option<KeyValue> {
         Some(KeyValue {
             key: Key::from("/gRPC.control/greeter/instances/a"),
