@@ -1,4 +1,4 @@
-//! Guides: the behaviour during failures, the errors, and a comparison with the libraries for Go.
+//! Guides: the behaviour during failures, the errors, the operation of servers and clients, and a comparison with the libraries for Go.
 
 pub mod behaviour {
     #![doc = include_str!("../docs/behaviour.md")]
@@ -16,6 +16,13 @@ pub mod coming_from_go {
 
 pub mod errors {
     #![doc = include_str!("../docs/errors.md")]
+
+    #[cfg(doc)]
+    use crate::{channel::*, error::*, instance::*, registration::*, registry::*, resolver::*, *};
+}
+
+pub mod operations {
+    #![doc = include_str!("../docs/operations.md")]
 
     #[cfg(doc)]
     use crate::{channel::*, error::*, instance::*, registration::*, registry::*, resolver::*, *};
