@@ -2,9 +2,10 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::sys::resource::{UsageWho, getrusage};
+use tokio::time::Instant;
 
 /// Makes one call at a time.
 pub trait Caller: Clone + Send + 'static {
@@ -113,7 +114,8 @@ impl Load {
             }
             counted.calls += 1;
             if succeeded {
-                counted.latencies.push(start.elapsed().as_micros() as u32);
+                let took = Instant::now().saturating_duration_since(start);
+                counted.latencies.push(took.as_micros() as u32);
             } else {
                 counted.failed += 1;
             }

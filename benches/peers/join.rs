@@ -91,8 +91,9 @@ async fn join(world: &World<'_>) -> Join {
     tokio::time::sleep(REST).await;
     let sent = Instant::now();
     world.put(&address).await;
-    let acknowledged = sent.elapsed();
-    let first_call = timeout(PATIENCE, first_call).await.unwrap().unwrap() - sent;
+    let acknowledged = Instant::now().saturating_duration_since(sent);
+    let first_call = timeout(PATIENCE, first_call).await.unwrap().unwrap();
+    let first_call = first_call.saturating_duration_since(sent);
     world.delete(&address).await;
     tokio::time::sleep(REST).await;
     server.abort();
