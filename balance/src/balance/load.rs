@@ -363,14 +363,6 @@ mod tests {
     }
 
     #[test]
-    fn a_connection_without_samples_again_has_the_median_latency() {
-        let load = warmed(ms(50));
-        load.forget(reference(2_000.0));
-        assert!(near(load.latency(), 2_000.0));
-        assert_eq!(load.estimate(), None);
-    }
-
-    #[test]
     fn acquire_fails_at_the_limit_and_succeeds_after_a_release() {
         let load = fresh(0.0);
         load.set_limit(2);
