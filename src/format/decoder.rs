@@ -4,7 +4,7 @@ use super::attributes::MAX_WEIGHT;
 use super::error::FormatError;
 use super::format::Format;
 use super::limits::MAX_VALUE;
-use super::recognise;
+use super::recognise::{self, Recognised};
 #[cfg(test)]
 use crate::instance::Advertisement;
 use crate::instance::Instance;
@@ -76,5 +76,31 @@ impl Format {
             policy: policy.clone(),
         };
         decoder.read(key, value)
+    }
+
+    /// Returns the format that a resolver without a format recognises in a value. [`decode`](Self::decode) of this format reads the value
+    /// as that resolver does.
+    ///
+    /// ```
+    /// use tonic_etcd::Format;
+    ///
+    /// assert_eq!(Format::recognise(b"10.0.0.5:50051")?, Format::Plain);
+    /// assert_eq!(Format::recognise(br#"{"Op":0,"Addr":"10.0.0.5:50051"}"#)?, Format::EtcdNaming);
+    /// # Ok::<(), tonic_etcd::error::FormatError>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// Fails if the value is not UTF-8, or if it is JSON without an address in any known place.
+    pub fn recognise(value: &[u8]) -> Result<Self, FormatError> {
+        recognise::format_of(value).map(|recognised| match recognised {
+            Recognised::EtcdNaming => Self::EtcdNaming,
+            Recognised::DubboApplication => Self::DubboApplication,
+            Recognised::Kitex => Self::Kitex,
+            Recognised::GoMicro => Self::GoMicro,
+            Recognised::Kratos => Self::Kratos,
+            Recognised::Url => Self::Url,
+            Recognised::Plain => Self::Plain,
+        })
     }
 }

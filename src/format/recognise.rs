@@ -27,32 +27,66 @@ pub(super) fn by_value(key: &str, value: &[u8]) -> Result<Option<Instance>, Form
     plain::read(text).map(Some)
 }
 
-/// Recognises the format of an object by the field with the address, and decodes the object. The check for dubbo-go precedes the check for
-/// kitex, because `address`, the only field that identifies kitex, also exists in values of dubbo-go.
+/// Recognises the format of an object, and decodes the object.
 fn object(key: &str, object: Object) -> Result<Option<Instance>, FormatError> {
     if object.is_out_of_service() {
         return Ok(None);
     }
+    match object_format(&object) {
+        Some(Recognised::EtcdNaming) => etcd_naming::read(object).map(Some),
+        Some(Recognised::DubboApplication) => dubbo_application::read(key, object),
+        Some(Recognised::Kitex) => kitex::read(object).map(Some),
+        Some(Recognised::GoMicro) => go_micro::read(key, object),
+        Some(Recognised::Kratos) => kratos::read(key, object),
+        _ => Err(FormatError::of(NO_ADDRESS)),
+    }
+}
+
+/// Returns the format of an object, which the field with the address determines. The check for dubbo-go precedes the check for kitex,
+/// because `address`, the only field that identifies kitex, also exists in values of dubbo-go.
+fn object_format(object: &Object) -> Option<Recognised> {
     let has = |name| object.field(name).is_some_and(|value| !value.is_null());
     if object.field("Addr").is_some_and(Value::is_string) {
-        return etcd_naming::read(object).map(Some);
+        return Some(Recognised::EtcdNaming);
     }
     if has("host") || has("ServiceName") {
-        return dubbo_application::read(key, object);
+        return Some(Recognised::DubboApplication);
     }
     if has("address") {
-        return kitex::read(object).map(Some);
+        return Some(Recognised::Kitex);
     }
     if has("nodes") {
-        return go_micro::read(key, object);
+        return Some(Recognised::GoMicro);
     }
-    if has("endpoints") {
-        return kratos::read(key, object);
-    }
-    Err(FormatError::of(
-        "is JSON without an address in any known place",
-    ))
+    has("endpoints").then_some(Recognised::Kratos)
 }
+
+/// Recognises the format of a value by its contents.
+pub(super) fn format_of(value: &[u8]) -> Result<Recognised, FormatError> {
+    let text = text(value)?;
+    if text.starts_with('{') {
+        return object_format(&Object::parse(text)?).ok_or(FormatError::of(NO_ADDRESS));
+    }
+    Ok(if text.contains("://") {
+        Recognised::Url
+    } else {
+        Recognised::Plain
+    })
+}
+
+/// A format that can be recognised by a value. This is not `Format`, because `Format` depends on this file.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Recognised {
+    EtcdNaming,
+    DubboApplication,
+    Kitex,
+    GoMicro,
+    Kratos,
+    Url,
+    Plain,
+}
+
+const NO_ADDRESS: &str = "is JSON without an address in any known place";
 
 /// Reads prefixes that contain several formats. The address is read from the value, or from the key if the value contains no address.
 #[derive(Debug)]

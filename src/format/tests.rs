@@ -1,5 +1,6 @@
 use super::*;
 use crate::instance::Advertisement;
+use tonic_balance::AddressPolicy;
 
 fn read(value: &str) -> Result<Advertisement, FormatError> {
     Decoder::default().decode(value.as_bytes())
@@ -22,6 +23,14 @@ fn every_format_with_the_address_in_the_value_is_recognised() {
     ] {
         let advertisement = read(value).unwrap_or_else(|error| panic!("{value} {error}"));
         assert_eq!(advertisement.address.as_str(), "10.0.0.5:8080", "{value}");
+        let format = Format::recognise(value.as_bytes()).expect("the format is recognised");
+        let decoded = format.decode("", value.as_bytes(), &AddressPolicy::default());
+        let decoded = decoded.expect("the recognised format reads the value");
+        assert_eq!(
+            decoded.as_ref().map(crate::Instance::advertisement),
+            Some(&advertisement),
+            "{format} reads {value} as a resolver without a format does"
+        );
     }
 }
 
