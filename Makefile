@@ -66,13 +66,13 @@ msrv: setup ## Build with the oldest Rust that is supported, which rustup instal
 minimal-versions: setup ## Check that the oldest dependencies allowed still suffice
 	scripts/minimal-versions
 
-# Together these cover the libraries, the examples, the integration tests and the doc tests, but not the benches.
+# Together these cover the libraries, the command (`--bins` and `--test command`), the examples, the integration tests and the doc tests, but not the benches.
 # Where Go is, the tests that depend on etcd run once more with the newest one.
 test: setup ## Run all tests
 	@echo "with $$("$${ETCD_BIN:-etcd}" --version | sed -n 1p), $$("$${PROTOC:-protoc}" --version)"
 	@command -v go >/dev/null && go version || echo "left out: the tests with grpc-go (there is no Go)"
 	$(CARGO) test --locked --workspace --all-features --no-run
-	$(CARGO) test --locked --workspace --all-features --lib --examples $(REST:%=--test %)
+	$(CARGO) test --locked --workspace --all-features --lib --bins --examples $(REST:%=--test %) --test command
 	RUST_TEST_THREADS=$(TEST_THREADS) $(CARGO) test --locked --all-features $(WAITING:%=--test %)
 	$(CARGO) test --locked --workspace --all-features --doc
 	@if [ -n "$${ETCD_BIN:-}" ]; then \
