@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use std::time::SystemTime;
 
 use serde_json::json;
+use tokio::signal::unix::{SignalKind, signal};
 use tokio_stream::StreamExt;
 use tonic_etcd::instance::KeyLocation;
 use tonic_etcd::resolver::ResolverState;
@@ -36,6 +37,9 @@ pub(crate) async fn run(
     }
     let mut resolver = resolver.start();
     let mut statuses = resolver.watch_status();
+    // One listener for the whole run: a listener for each iteration would miss signals in between.
+    let mut interrupts = signal(SignalKind::interrupt())
+        .map_err(|error| Failure::local(format!("cannot handle SIGINT: {error}")))?;
     let mut known = BTreeMap::new();
     let mut reported = None;
     loop {
@@ -52,10 +56,7 @@ pub(crate) async fn run(
                 let status = statuses.borrow_and_update().clone();
                 report_status(&status, &mut reported);
             }
-            interrupted = tokio::signal::ctrl_c() => {
-                interrupted.map_err(|error| Failure::local(format!("cannot handle SIGINT: {error}")))?;
-                return Ok(ExitCode::SUCCESS);
-            }
+            _ = interrupts.recv() => return Ok(ExitCode::SUCCESS),
         }
     }
 }

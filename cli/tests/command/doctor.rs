@@ -212,7 +212,7 @@ async fn http1_server() -> SocketAddr {
     let address = listener.local_addr().unwrap();
     tokio::spawn(async move {
         while let Ok((mut socket, _)) = listener.accept().await {
-            let mut request = [0; 24];
+            let mut request = [0; 33];
             let _ = socket.read_exact(&mut request).await;
             let answer = b"HTTP/1.1 505 HTTP Version Not Supported\r\ncontent-length: 0\r\n\r\n";
             let _ = socket.write_all(answer).await;

@@ -12,6 +12,7 @@
     reason = "the file is shared with the tests of the library"
 )]
 mod authority;
+mod call;
 mod control;
 mod doctor;
 mod generate;

@@ -102,9 +102,8 @@ async fn a_command_that_stops_responding_is_deregistered_until_it_responds_again
     registered(&etcd, false).await;
     std::fs::write(&ready, "").unwrap();
     registered(&etcd, true).await;
-    signal(&sidecar, Signal::SIGINT);
-    // The shell ends by SIGINT, which the script does not handle.
-    assert_eq!(code(&mut sidecar).await, Some(130));
+    signal(&sidecar, Signal::SIGTERM);
+    assert_eq!(code(&mut sidecar).await, Some(7));
 }
 
 #[tokio::test]

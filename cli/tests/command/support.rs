@@ -152,7 +152,11 @@ pub(crate) async fn dead_address() -> SocketAddr {
 /// Registers an address under a lease that is renewed.
 pub(crate) async fn register(etcd: &Etcd, address: SocketAddr) -> Registration {
     let registry = Registry::connect(etcd.endpoints()).await.unwrap();
-    let registration = registry.registration(SERVICE).address(address.to_string());
+    // The TTL is long, so that the lease is not close to its end while the machine is busy.
+    let registration = registry
+        .registration(SERVICE)
+        .address(address.to_string())
+        .ttl(Duration::from_secs(60));
     registration.register().await.unwrap()
 }
 

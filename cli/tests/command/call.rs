@@ -1,0 +1,86 @@
+//! `call`, with the health service as the called service.
+
+use std::net::SocketAddr;
+
+use tokio::net::TcpListener;
+use tokio_stream::wrappers::TcpListenerStream;
+use tonic::transport::Server;
+use tonic_etcd::{Registration, Registry};
+
+use super::support::{etcd, grpc_server, run};
+use tonic_etcd::testing::Etcd;
+
+const HEALTH: &str = "grpc.health.v1.Health";
+
+/// Starts a server with the health service and the reflection service.
+async fn reflecting_server() -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let (_, health) = tonic_health::server::health_reporter();
+    let reflection = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .build_v1()
+        .unwrap();
+    let router = Server::builder()
+        .add_service(health)
+        .add_service(reflection);
+    tokio::spawn(router.serve_with_incoming(TcpListenerStream::new(listener)));
+    address
+}
+
+async fn register(etcd: &Etcd, address: SocketAddr) -> Registration {
+    let registry = Registry::connect(etcd.endpoints()).await.unwrap();
+    let registration = registry.registration(HEALTH).address(address.to_string());
+    registration.register().await.unwrap()
+}
+
+#[tokio::test]
+async fn a_unary_call_prints_the_response_and_the_server() {
+    let etcd = etcd().await;
+    let address = reflecting_server().await;
+    let _registration = register(&etcd, address).await;
+    let called = run(&etcd, &["call", HEALTH, "Check", r#"{"service":""}"#]).await;
+    assert_eq!(called.code, Some(0), "{called:?}");
+    assert!(
+        called.stdout.starts_with(&address.to_string()),
+        "{called:?}"
+    );
+    assert!(called.stdout.contains("SERVING"), "{called:?}");
+
+    let loaded = [
+        "--json",
+        "call",
+        HEALTH,
+        "Check",
+        "--load",
+        "20",
+        "--concurrency",
+        "4",
+    ];
+    let loaded = run(&etcd, &[&loaded[..], &["--rate", "1000"]].concat()).await;
+    assert_eq!(loaded.code, Some(0), "{loaded:?}");
+    let summary = &loaded.json()[0];
+    assert_eq!(summary["calls"], 20);
+    assert_eq!(summary["servers"][address.to_string()], 20);
+
+    for (arguments, code) in [
+        (&["Check", r#"{"service":"unknown"}"#][..], 4),
+        (&["Check", r#"{"nonsense":1}"#], 2),
+        (&["Check", "not JSON"], 2),
+        (&["Watch"], 2),
+        (&["Nonsense"], 1),
+        (&["other.Service/Check"], 1),
+    ] {
+        let failed = run(&etcd, &[&["call", HEALTH], arguments].concat()).await;
+        assert_eq!(failed.code, Some(code), "{arguments:?}: {failed:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_server_without_reflection_is_reported() {
+    let etcd = etcd().await;
+    let _registration = register(&etcd, grpc_server().await).await;
+    let failed = run(&etcd, &["call", HEALTH, "Check"]).await;
+    assert_eq!(failed.code, Some(1), "{failed:?}");
+    assert!(failed.stderr.contains("reflection"), "{failed:?}");
+}
