@@ -253,8 +253,8 @@ impl Progress {
                 waiting("the server is still in service")
             }
             // A paused server keeps its calls.
-            Some(State::Draining) => match status.in_flight {
-                Some(calls @ 1..) => Self::Waiting(format!("calls in flight: {calls}")),
+            Some(State::Draining) => match status.connections {
+                Some(calls @ 1..) => Self::Waiting(format!("open connections: {calls}")),
                 _ => Self::Done,
             },
             _ => Self::Done,
@@ -323,7 +323,7 @@ fn report(
             "progress": text,
             "state": status.and_then(|status| status.state).map(State::as_str),
             "weight": status.and_then(|status| status.weight),
-            "in_flight": status.and_then(|status| status.in_flight),
+            "connections": status.and_then(|status| status.connections),
         }))?;
         return Ok(());
     }
@@ -356,11 +356,11 @@ mod tests {
             Progress::Waiting(_)
         ));
         assert_eq!(
-            of(r#"{"state":"draining","applied":7,"in_flight":2}"#),
-            Progress::Waiting("calls in flight: 2".to_owned())
+            of(r#"{"state":"draining","applied":7,"connections":2}"#),
+            Progress::Waiting("open connections: 2".to_owned())
         );
         for done in [
-            r#"{"state":"draining","applied":7,"in_flight":0}"#,
+            r#"{"state":"draining","applied":7,"connections":0}"#,
             r#"{"state":"draining","applied":8}"#,
         ] {
             assert_eq!(of(done), Progress::Done, "{done}");

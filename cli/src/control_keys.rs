@@ -31,7 +31,7 @@ pub(crate) struct Status {
     pub(crate) address: Option<String>,
     /// The mod revision of the control key that the server has applied.
     pub(crate) applied: Option<i64>,
-    pub(crate) in_flight: Option<u64>,
+    pub(crate) connections: Option<u64>,
     /// The reason why the server cannot use the control key.
     pub(crate) error: Option<String>,
 }
@@ -118,17 +118,20 @@ mod tests {
             state: Some(State::Draining),
             ..Change::default()
         };
-        assert_eq!(drain.apply(None), r#"{"sticky":false,"state":"draining"}"#);
+        let applied = |before: Option<&[u8]>| -> serde_json::Value {
+            serde_json::from_str(&drain.apply(before)).expect("JSON")
+        };
         assert_eq!(
-            drain.apply(Some(
+            applied(None),
+            serde_json::json!({"state": "draining", "sticky": false})
+        );
+        assert_eq!(
+            applied(Some(
                 br#"{"state":"serving","weight":3,"sticky":true,"x":[1]}"#
             )),
-            r#"{"state":"draining","sticky":true,"weight":3,"x":[1]}"#
+            serde_json::json!({"state": "draining", "weight": 3, "sticky": true, "x": [1]})
         );
-        assert_eq!(
-            drain.apply(Some(b"not JSON")),
-            r#"{"sticky":false,"state":"draining"}"#
-        );
+        assert_eq!(applied(Some(b"not JSON")), applied(None));
         let weight = Change {
             weight: Some(5),
             ..Change::default()
@@ -149,12 +152,12 @@ mod tests {
     #[test]
     fn a_status_of_the_contract_is_read() {
         let status = Status::parse(
-            br#"{"state":"draining","weight":2,"address":"10.0.0.5:80","applied":17,"in_flight":3}"#,
+            br#"{"state":"draining","weight":2,"address":"10.0.0.5:80","applied":17,"connections":3}"#,
         )
         .expect("the status is valid");
         assert_eq!(status.state, Some(State::Draining));
         assert_eq!(status.applied, Some(17));
-        assert_eq!(status.in_flight, Some(3));
+        assert_eq!(status.connections, Some(3));
         assert!(Status::parse(b"null").is_none());
     }
 }

@@ -71,7 +71,7 @@ pub(crate) async fn run(
                 "state": status.state.map(control::State::as_str),
                 "address": status.address,
                 "weight": status.weight,
-                "in_flight": status.in_flight,
+                "connections": status.connections,
             }))?;
         }
     } else {
@@ -139,13 +139,13 @@ fn print(
     let mut cells: Vec<_> = rows.iter().map(|row| row.cells(check)).collect();
     for (id, status) in out_of_service {
         let state = status.state.map_or("unknown", control::State::as_str);
-        let in_flight = status
-            .in_flight
-            .map_or(String::new(), |calls| format!(" ({calls} in flight)"));
+        let connections = status
+            .connections
+            .map_or(String::new(), |open| format!(" ({open} connections)"));
         let mut row = vec![dash(); header.len()];
         row[0] = escaped(status.address.as_deref().unwrap_or(id));
         row[header.iter().position(|name| *name == "STATE").unwrap_or(1)] =
-            format!("{state}{in_flight}");
+            format!("{state}{connections}");
         cells.push(row);
     }
     for line in table::lines(&header, &cells) {

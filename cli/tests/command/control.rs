@@ -46,9 +46,9 @@ async fn a_server_is_drained_and_resumed() {
     let mut output = lines(&mut drain);
     let (written, revision) = control(&client, "alpha", "draining").await;
     assert_eq!(written["sticky"], false);
-    let status = |state: &str, applied: i64, in_flight: u64| json!({"state": state, "weight": 1, "address": address, "applied": applied, "in_flight": in_flight});
+    let status = |state: &str, applied: i64, connections: u64| json!({"state": state, "weight": 1, "address": address, "applied": applied, "connections": connections});
     write_status(&client, "alpha", status("draining", revision, 2)).await;
-    line_with(&mut output, "calls in flight: 2").await;
+    line_with(&mut output, "open connections: 2").await;
     delete(&client, &key).await;
     write_status(&client, "alpha", status("draining", revision, 0)).await;
     line_with(&mut output, "done (draining)").await;
@@ -58,7 +58,7 @@ async fn a_server_is_drained_and_resumed() {
     let listed = run(&etcd, &["ls", SERVICE]).await;
     assert_eq!(listed.code, Some(0), "{listed:?}");
     assert!(
-        listed.stdout.contains("draining (0 in flight)"),
+        listed.stdout.contains("draining (0 connections)"),
         "{listed:?}"
     );
     let mut resume = command(&etcd, &["resume", SERVICE, "alpha"])

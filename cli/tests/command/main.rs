@@ -17,6 +17,7 @@ mod control;
 mod doctor;
 mod generate;
 mod list;
+mod operate;
 mod register;
 mod support;
 mod usage;
