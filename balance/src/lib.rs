@@ -36,6 +36,7 @@ mod balance;
 mod call;
 mod causes;
 pub mod channel;
+pub mod metrics;
 mod transport;
 
 /// The errors of the channel. The text of each error contains all causes, so [`source`](std::error::Error::source) returns `None`. The

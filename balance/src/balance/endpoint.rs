@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
+use arc_swap::ArcSwapOption;
 use http::StatusCode;
 use http::uri::Authority;
 use tokio::sync::Semaphore;
@@ -15,6 +16,7 @@ use super::estimate::Estimate;
 use super::load::LoadHandle;
 use super::outlier::Counts;
 use crate::address::Address;
+use crate::attributes::Attributes;
 
 /// One address with all its connections.
 #[derive(Debug)]
@@ -39,6 +41,8 @@ pub(crate) struct Endpoint {
     last_fault: AtomicU32,
     /// The number of consecutive responses that were not gRPC.
     not_grpc: AtomicU32,
+    /// The zone, for the metrics.
+    zone: ArcSwapOption<Box<str>>,
     details: Mutex<Details>,
 }
 
@@ -91,6 +95,7 @@ impl Endpoint {
             dial_permits: Arc::new(Semaphore::new(DIAL_PERMITS)),
             last_fault: AtomicU32::new(0),
             not_grpc: AtomicU32::new(0),
+            zone: ArcSwapOption::empty(),
             details: Mutex::new(Details {
                 state: EndpointState::Idle,
                 since: Instant::now(),
@@ -112,6 +117,10 @@ impl Endpoint {
         &self.authority
     }
 
+    pub(super) fn state(&self) -> EndpointState {
+        self.lock().state
+    }
+
     pub(super) fn set_state(&self, state: EndpointState) {
         let mut details = self.lock();
         if details.state != state {
@@ -120,10 +129,16 @@ impl Endpoint {
         }
     }
 
-    pub(super) fn set_attributes(&self, weight: u32, last_resort: bool) {
+    pub(super) fn set_attributes(&self, attributes: &Attributes) {
+        let zone = attributes.zone().map(|zone| Arc::new(zone.into()));
+        self.zone.store(zone);
         let mut details = self.lock();
-        details.weight = weight;
-        details.last_resort = last_resort;
+        details.weight = attributes.weight();
+        details.last_resort = attributes.is_last_resort();
+    }
+
+    pub(super) fn zone(&self) -> Option<Arc<Box<str>>> {
+        self.zone.load_full()
     }
 
     pub(super) fn set_ejected(&self, ejected: bool) {

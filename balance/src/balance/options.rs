@@ -6,6 +6,7 @@ use std::time::Duration;
 use super::outlier::OutlierDetection;
 use super::picker::LbPolicy;
 use crate::address::Address;
+use crate::metrics::ChannelMetrics;
 use crate::transport::health_client::HealthCheck;
 
 /// The options of a balancer, which the builder of the channel sets.
@@ -24,6 +25,8 @@ pub(crate) struct Options {
     pub(crate) on_refused: Option<OnRefused>,
     /// The zone whose endpoints are preferred.
     pub(crate) zone: Option<Box<str>>,
+    /// The instruments, if metrics are enabled.
+    pub(crate) metrics: Option<Arc<ChannelMetrics>>,
 }
 
 /// Callback for an endpoint to which no connection could be made. The driver calls it after each failed dial, so it must not block.
@@ -49,6 +52,7 @@ impl Default for Options {
             slow_start: None,
             on_refused: None,
             zone: None,
+            metrics: None,
         }
     }
 }

@@ -4,10 +4,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::Instant;
+use tonic::Code;
 
 use super::dial_permit::DialPermit;
 use super::endpoint::{Blame, Endpoint};
 use super::ready_connection::ReadyConnection;
+use crate::metrics::AttemptRecord;
 use crate::transport::http2::Connection;
 
 /// The right to send one call on a connection. Dropping the permit releases the stream, however the call ended.
@@ -18,6 +20,8 @@ pub(crate) struct Permit {
     sent: Option<Instant>,
     /// Set if the connection is private.
     private: Option<Box<PrivateConnection>>,
+    /// The measurement of the attempt: from its send to its end, if metrics are enabled.
+    record: Option<AttemptRecord>,
 }
 
 /// A private connection: it carries a single call, whose metadata may be larger than the endpoint accepts.
@@ -34,6 +38,7 @@ impl Permit {
             connection: Arc::clone(connection),
             sent: None,
             private: None,
+            record: None,
         }
     }
 
@@ -111,6 +116,28 @@ impl Permit {
         self.connection.endpoint().on_call();
     }
 
+    /// Sets the measurement of the attempt that was sent.
+    pub(crate) fn record(&mut self, record: AttemptRecord) {
+        self.record = Some(record);
+    }
+
+    /// Adds a data frame of the response to the measurement of the attempt.
+    pub(crate) fn on_data(&mut self, frame: &[u8]) {
+        if let Some(record) = &mut self.record {
+            record.on_data(frame);
+        }
+    }
+
+    /// Ends the measurement of the attempt. Later ends have no effect. A permit that is dropped before counts as a cancelled attempt.
+    pub(crate) fn end_attempt(&mut self, code: Code) {
+        if let Some(record) = self.record.take() {
+            let endpoint = self.connection.endpoint();
+            let zone = record.has_zones().then(|| endpoint.zone()).flatten();
+            let zone = zone.as_deref().map_or("", |zone| zone);
+            record.end(code, zone, Instant::now());
+        }
+    }
+
     /// Records that the peer has sent a gRPC status and therefore is a gRPC server.
     pub(crate) fn on_answer(&self) {
         self.connection.endpoint().on_answer();
@@ -152,6 +179,7 @@ impl Permit {
     /// Records that the call overran its deadline. If nothing was read since the call was sent, requests a PING, which shows whether the
     /// server is only slow, or does not answer any more.
     pub(crate) fn on_deadline_exceeded(&mut self, now: Instant) {
+        self.end_attempt(Code::DeadlineExceeded);
         self.connection.endpoint().on_overrun();
         // If the head of the response was already received, `sent` is `None`. A PING is then sent only if nothing was read for
         // `MIN_OVERRUN`.
@@ -169,6 +197,7 @@ impl Permit {
 
     /// Records that the server refused to process the call. A refusal is no evidence about the server's latency.
     pub(crate) fn on_refused(&mut self) {
+        self.end_attempt(Code::Unavailable);
         self.sent = None;
         self.connection.endpoint().on_inconclusive();
     }
@@ -182,6 +211,7 @@ impl Permit {
 
 impl Drop for Permit {
     fn drop(&mut self) {
+        self.end_attempt(Code::Cancelled);
         if let Some(sent) = self.sent {
             let now = Instant::now();
             let elapsed = now.saturating_duration_since(sent);

@@ -11,6 +11,7 @@ use super::endpoint::{ConnectionStats, Endpoint};
 use super::estimate::Ticks;
 use super::load::{Load, LoadHandle};
 use super::picker::Candidate;
+use crate::metrics::ConnectionRecord;
 use crate::transport::http2::Connection;
 
 /// One open connection to an endpoint. Usually the connection is in the ready set. It is outside the set if it waits for its first health
@@ -28,6 +29,8 @@ pub(crate) struct ReadyConnection {
     /// Whether the connection is in the set that calls pick from. While it is not in that set, no waiting call gets a permit on it.
     takes_calls: AtomicBool,
     used: Arc<ConnectionUse>,
+    /// The measurement of the connection, if metrics are enabled.
+    record: Option<ConnectionRecord>,
 }
 
 /// The functions of the wait queue that a connection calls.
@@ -95,7 +98,19 @@ impl ReadyConnection {
             epoch,
             takes_calls: AtomicBool::new(false),
             used: Arc::default(),
+            record: None,
         }
+    }
+
+    /// Sets the measurement of the connection.
+    pub(super) fn with_record(mut self, record: Option<ConnectionRecord>) -> Self {
+        self.record = record;
+        self
+    }
+
+    /// Returns the measurement of the connection, if metrics are enabled.
+    pub(super) fn record(&self) -> Option<&ConnectionRecord> {
+        self.record.as_ref()
     }
 
     pub(super) fn load(&self) -> &Load {

@@ -9,7 +9,7 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use super::dial_permit::DialPermit;
-use super::endpoint::{AnswerFault, Endpoint, EndpointStatus};
+use super::endpoint::{AnswerFault, Endpoint, EndpointState, EndpointStatus};
 use super::estimate::Reference;
 use super::load::Loads;
 use super::options::Options;
@@ -217,6 +217,15 @@ impl Shared {
         let mut statuses: Vec<_> = known.iter().map(|endpoint| endpoint.status()).collect();
         statuses.sort_by(|a, b| a.address.cmp(&b.address));
         statuses
+    }
+
+    /// Returns the current state of every endpoint.
+    pub(super) fn states(&self) -> Vec<EndpointState> {
+        let directory = self.directory();
+        directory
+            .values()
+            .map(|endpoint| endpoint.state())
+            .collect()
     }
 
     /// Ends the channel: waiting calls and all later calls fail with this reason.

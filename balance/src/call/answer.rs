@@ -27,7 +27,9 @@ pub(super) fn answer(
     let head = Head::of(&response);
     let now = Instant::now();
     if head.failure().is_some() {
-        return Err(failed(&core, &response, head, &mut permit, deadline, now));
+        let status = failed(&core, &response, head, &mut permit, deadline, now);
+        permit.end_attempt(status.code());
+        return Err(status);
     }
     permit.on_head(now, None);
     let status_in_head = head != Head::Grpc(None);
@@ -79,10 +81,13 @@ pub(super) fn record_head<T>(
     permit: &mut Permit,
     now: Instant,
 ) {
+    let head = Head::of(response);
+    if let Some(code) = head.failure() {
+        permit.end_attempt(code);
+    }
     if permit.is_recorded() {
         return;
     }
-    let head = Head::of(response);
     permit.on_head(now, status::head_blame(head));
     if let Head::NotGrpc(_) = head {
         let not_grpc = NonGrpcResponse::of(response);

@@ -1,14 +1,18 @@
 //! One attempt of a call: a request that was sent on a connection.
 
+use std::sync::Arc;
+
 use http::{HeaderName, Request, Version};
 use tokio::time::Instant;
 use tonic::Status;
 
 use super::core::Core;
+use super::counted_body::counted;
 use super::history::History;
 use super::request::{Call, KeptBody};
 use super::status;
 use crate::balance::Permit;
+use crate::metrics::AttemptRecord;
 use crate::transport::deadline::Deadline;
 use crate::transport::exchange::Exchange;
 use crate::transport::http2::OpenError;
@@ -29,6 +33,15 @@ pub(super) enum Try {
     /// A send after a wait or after another send. The timeout in the headers is replaced with the remaining time. `previous` is the number
     /// of earlier attempts that a server may have received; it can be 0.
     Later { previous: u32 },
+}
+
+impl Try {
+    fn previous(self) -> u32 {
+        match self {
+            Self::First => 0,
+            Self::Later { previous } => previous,
+        }
+    }
 }
 
 impl Attempt {
@@ -63,9 +76,19 @@ impl Attempt {
             KeptBody::Pumped if core.retry(call).is_some() => Recall::Possible,
             _ => Recall::Never,
         };
+        let (body, sent) = match &call.metrics {
+            None => (body, None),
+            Some(_) => counted(body),
+        };
         match Exchange::start(permit.http2(), head, body, recall) {
             Ok(exchange) => {
                 permit.on_sent(now);
+                if let (Some(method), Some(sent)) = (&call.metrics, sent) {
+                    permit.record(AttemptRecord::start(Arc::clone(method), sent, now));
+                    if let Some(sends) = &call.sends {
+                        sends.on_sent(which.previous(), now);
+                    }
+                }
                 Ok(Self {
                     exchange,
                     permit,

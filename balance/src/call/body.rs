@@ -15,6 +15,7 @@ use super::core::Core;
 use super::http_status::code;
 use super::status;
 use crate::balance::{AnswerFault, Blame, Permit};
+use crate::metrics::CallRecord;
 use crate::transport::deadline::Deadline;
 use crate::transport::response_body::{Broken, Incoming};
 
@@ -40,6 +41,8 @@ struct Stream {
     status_in_head: bool,
     /// Whether a data frame was returned.
     has_begun: bool,
+    /// The measurement of the call, if metrics are enabled.
+    record: Option<CallRecord>,
 }
 
 impl ResponseBody {
@@ -47,13 +50,16 @@ impl ResponseBody {
     pub(super) fn new(
         incoming: Incoming,
         status_in_head: bool,
-        permit: Permit,
+        mut permit: Permit,
         core: Arc<Core>,
         deadline: Option<Deadline>,
     ) -> Self {
         // Without a status in the head, trailers must follow, so the response has not ended. `is_complete` takes h2's lock, so it is called
         // only if the head has a status.
         let ended = status_in_head && incoming.is_complete();
+        if ended {
+            permit.end_attempt(Code::Ok);
+        }
         // The permit of a response that has already ended is dropped here.
         let stream = (!ended).then_some(Stream {
             incoming,
@@ -62,10 +68,19 @@ impl ResponseBody {
             deadline,
             status_in_head,
             has_begun: false,
+            record: None,
         });
         Self {
             stream,
             timer: None,
+        }
+    }
+
+    /// Sets the measurement of the call. If the response has already ended, the call ends.
+    pub(super) fn set_record(&mut self, mut record: CallRecord) {
+        match &mut self.stream {
+            Some(stream) => stream.record = Some(record),
+            None => record.end(Code::Ok),
         }
     }
 }
@@ -111,6 +126,7 @@ impl Body for ResponseBody {
             let endpoint = stream.permit.endpoint();
             let deadline_exceeded =
                 status::deadline_exceeded_at(&stream.core, deadline, READING, endpoint);
+            stream.on_end(Code::DeadlineExceeded);
             *this.stream = None;
             return Poll::Ready(Some(Err(deadline_exceeded)));
         }
@@ -118,11 +134,21 @@ impl Body for ResponseBody {
             return Poll::Pending;
         };
         let outcome = match outcome {
-            Some(Ok(frame)) if frame.is_data() => return Poll::Ready(Some(Ok(frame))),
+            Some(Ok(frame)) if frame.is_data() => {
+                if let Some(data) = frame.data_ref() {
+                    stream.permit.on_data(data);
+                }
+                return Poll::Ready(Some(Ok(frame)));
+            }
             Some(Ok(trailers)) => Some(stream.check_trailers(trailers)),
             Some(Err(broken)) => Some(Err(stream.fail(broken))),
             None => stream.end().map(Err),
         };
+        let code = match &outcome {
+            Some(Err(status)) => status.code(),
+            _ => Code::Ok,
+        };
+        stream.on_end(code);
         *this.stream = None;
         Poll::Ready(outcome)
     }
@@ -141,6 +167,14 @@ impl Body for ResponseBody {
 }
 
 impl Stream {
+    /// Ends the measurements of the attempt and of the call.
+    fn on_end(&mut self, code: Code) {
+        self.permit.end_attempt(code);
+        if let Some(record) = &mut self.record {
+            record.end(code);
+        }
+    }
+
     fn fail(&mut self, broken: Broken) -> Status {
         match broken {
             Broken::Request(status) => status,

@@ -12,7 +12,8 @@ use super::http_status;
 use super::request::{Call, KeptBody};
 use super::retry::method_config::MethodConfig;
 use super::retry::{HedgingPolicy, RetryPolicy};
-use crate::balance::{Balancer, Shared};
+use crate::balance::{Balancer, Gauges, Shared};
+use crate::metrics::ChannelMetrics;
 use crate::transport::response_body::Incoming;
 
 /// The state that all clones of a channel and all its calls share.
@@ -34,6 +35,10 @@ pub(crate) struct Core {
     pub(crate) is_single_threaded: bool,
     /// The retry and hedging policies; `None` if no policy is set.
     pub(crate) method_config: Option<Box<MethodConfig>>,
+    /// The instruments, if metrics are enabled.
+    pub(crate) metrics: Option<Arc<ChannelMetrics>>,
+    /// The gauges of the channel. The recorder reads them as long as they are owned here.
+    pub(crate) _gauges: Option<Arc<Gauges>>,
     /// Returns the current failure of the source of endpoints, if any.
     pub(crate) source_error: Option<Box<dyn Fn() -> Option<String> + Send + Sync>>,
     /// The handle of the source, for the users of the channel.

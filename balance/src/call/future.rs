@@ -9,8 +9,8 @@ use std::task::{Context, Poll, ready};
 use http::{Request, Response};
 use pin_project_lite::pin_project;
 use tokio::time::{Instant, Sleep};
-use tonic::Status;
 use tonic::body::Body;
+use tonic::{GrpcMethod, Status};
 
 use super::answer::answer;
 use super::attempt::{Attempt, Try};
@@ -26,6 +26,7 @@ use super::retry_loop::{self, Retrying};
 use super::routing::Routing;
 use super::status;
 use crate::balance::Pick;
+use crate::metrics::CallRecord;
 use crate::transport::deadline::Deadline;
 use crate::transport::request_body::Outgoing;
 
@@ -40,6 +41,8 @@ pin_project! {
         deadline: Option<Deadline>,
         #[pin]
         timer: Option<Sleep>,
+        // The measurement of the call, if metrics are enabled.
+        record: Option<CallRecord>,
     }
 }
 
@@ -66,6 +69,15 @@ impl ResponseFuture {
         }
         let timeout = headers.timeout();
         let deadline = timeout.and_then(|timeout| Deadline::after(timeout, Instant::now()));
+        let metrics = core.metrics.as_ref().map(|metrics| {
+            // Only generated clients set the extension, so the number of methods is limited.
+            let is_known = head.extensions.get::<GrpcMethod<'static>>().is_some();
+            let name = head.uri.path().strip_prefix('/').filter(|_| is_known);
+            metrics.method(name)
+        });
+        let record = metrics
+            .as_ref()
+            .map(|method| CallRecord::start(Arc::clone(method), Instant::now()));
         let wait = head.extensions.get::<WaitForReady>();
         let wait_for_ready = wait.map_or(core.wait_for_ready, |wait| wait.0);
         let call = Call {
@@ -74,6 +86,8 @@ impl ResponseFuture {
             headers,
             extensions: head.extensions,
             wait_for_ready,
+            metrics,
+            sends: None,
         };
         Self {
             core: Some(core),
@@ -81,6 +95,7 @@ impl ResponseFuture {
             state: State::New(body),
             deadline,
             timer: None,
+            record,
         }
     }
 }
@@ -90,9 +105,10 @@ impl ResponseFuture {
     pub(crate) fn with_routing(core: Arc<Core>, request: Request<Body>, routing: Routing) -> Self {
         let mut this = Self::new(core, request);
         let state = std::mem::replace(&mut this.state, State::Done);
-        if let (State::New(body), Some(core), Some(call)) =
+        if let (State::New(body), Some(core), Some(mut call)) =
             (state, this.core.take(), this.call.take())
         {
+            call.count_sends(this.record.as_mut(), false, false);
             let history = History::with_routing(routing, core.shared().given_up());
             let deadline = this.deadline;
             let shared = Arc::clone(&core);
@@ -116,9 +132,14 @@ impl Future for ResponseFuture {
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let mut this = self.project();
-        let polled = this.state.poll(this.core, this.call, *this.deadline, cx);
-        if polled.is_ready() {
+        let mut polled = this
+            .state
+            .poll(this.core, this.call, this.record, *this.deadline, cx);
+        if let Poll::Ready(outcome) = &mut polled {
             *this.state = State::Done;
+            if let Some(record) = this.record.take() {
+                pass_on(record, outcome);
+            }
             return polled;
         }
         let Some(deadline) = *this.deadline else {
@@ -144,7 +165,18 @@ impl Future for ResponseFuture {
             }
             _ => return Poll::Pending,
         };
+        if let Some(record) = this.record {
+            record.end(status.code());
+        }
         Poll::Ready(Err(status))
+    }
+}
+
+/// Passes the measurement of the call to the body of the response, or ends it if the call has failed.
+fn pass_on(mut record: CallRecord, outcome: &mut Result<Response<ResponseBody>, Status>) {
+    match outcome {
+        Ok(response) => response.body_mut().set_record(record),
+        Err(status) => record.end(status.code()),
     }
 }
 
@@ -153,6 +185,7 @@ impl State {
         &mut self,
         core: &mut Option<Arc<Core>>,
         call: &mut Option<Call>,
+        record: &mut Option<CallRecord>,
         deadline: Option<Deadline>,
         cx: &mut Context<'_>,
     ) -> Poll<Result<Response<ResponseBody>, Status>> {
@@ -163,7 +196,7 @@ impl State {
                         return Poll::Pending;
                     };
                     let body = Outgoing::gather(body, cx)?;
-                    Self::send(core, call, deadline, body)?
+                    Self::send(core, call, record, deadline, body)?
                 }
                 Self::Sent(attempt) => {
                     let mut head = ready!(attempt.exchange.poll_head(cx));
@@ -185,6 +218,7 @@ impl State {
                         }
                         outcome => {
                             let shared = Arc::clone(&core);
+                            call.count_sends(record.as_mut(), false, true);
                             let retry =
                                 retry_loop::after_first(core, call, attempt, outcome, deadline);
                             Self::Retry(shared, retry)
@@ -202,6 +236,7 @@ impl State {
     fn send(
         core: &mut Option<Arc<Core>>,
         call: &mut Option<Call>,
+        record: &mut Option<CallRecord>,
         deadline: Option<Deadline>,
         body: Outgoing,
     ) -> Result<Self, Status> {
@@ -223,9 +258,10 @@ impl State {
             && request.metadata_size() <= TRUSTED_METADATA
         {
             let policy = policy.clone();
-            let (Some(channel), Some(request)) = (core.take(), call.take()) else {
+            let (Some(channel), Some(mut request)) = (core.take(), call.take()) else {
                 return Ok(Self::Done);
             };
+            request.count_sends(record.as_mut(), true, false);
             let (shared, kept) = (Arc::clone(&channel), KeptBody::of(&body));
             let hedged = hedge(shared, request, kept, policy, deadline);
             return Ok(Self::Retry(channel, hedged));
@@ -244,9 +280,10 @@ impl State {
             }
             _ => (body, None),
         };
-        let (Some(channel), Some(request)) = (core.take(), call.take()) else {
+        let (Some(channel), Some(mut request)) = (core.take(), call.take()) else {
             return Ok(Self::Done);
         };
+        request.count_sends(record.as_mut(), false, false);
         let retrying = retry_loop::run(
             Arc::clone(&channel),
             request,

@@ -192,12 +192,18 @@ impl Hedging {
                     // The server certainly did not process the call. The call is sent to another endpoint at once, and the refused attempt
                     // does not count.
                     self.sent -= 1;
+                    if self.open_attempts.is_empty() {
+                        self.conclusion.call.on_idle();
+                    }
                     self.schedule(Duration::ZERO);
                     return None;
                 }
                 Err(failed) => Err(failed),
             },
         };
+        if self.open_attempts.is_empty() {
+            self.conclusion.call.on_idle();
+        }
         self.record(outcome)
     }
 

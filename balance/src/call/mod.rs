@@ -14,6 +14,7 @@ mod attempt;
 mod attempt_log;
 mod body;
 mod core;
+mod counted_body;
 mod extension;
 mod future;
 mod hedging;

@@ -1,9 +1,13 @@
 //! The part of a request that is kept until its call ends, so that the request can be sent again.
 
+use std::sync::Arc;
+
 use bytes::Bytes;
 use http::{Extensions, Method, Uri};
+use tokio::time::Instant;
 
 use super::request_headers::Headers;
+use crate::metrics::{CallRecord, MethodMetrics, Sends};
 use crate::transport::request_body::Outgoing;
 
 /// The kept part of a request, without its body.
@@ -13,12 +17,33 @@ pub(super) struct Call {
     pub(super) headers: Headers,
     pub(super) extensions: Extensions,
     pub(super) wait_for_ready: bool,
+    /// The instruments of the method, if metrics are enabled.
+    pub(super) metrics: Option<Arc<MethodMetrics>>,
+    /// The count of the sends, if metrics are enabled and the call has left the common path.
+    pub(super) sends: Option<Arc<Sends>>,
 }
 
 impl Call {
     /// Returns the path of the method.
     pub(super) fn path(&self) -> &str {
         self.uri.path()
+    }
+
+    /// Starts to count the sends, when the call leaves the common path. `sent` states whether it was already sent once.
+    pub(super) fn count_sends(
+        &mut self,
+        record: Option<&mut CallRecord>,
+        hedged: bool,
+        sent: bool,
+    ) {
+        self.sends = record.map(|record| record.count_sends(hedged, sent));
+    }
+
+    /// Records that no attempt of the call is active.
+    pub(super) fn on_idle(&self) {
+        if let Some(sends) = &self.sends {
+            sends.on_idle(Instant::now());
+        }
     }
 
     pub(super) fn extensions_mut(&mut self) -> &mut Extensions {

@@ -45,7 +45,10 @@ pub(super) fn after_first(
             }
             Err(error) => match recover(&core, &call, attempt, error, &mut history, deadline).await
             {
-                Ok(body) => return run(core, call, body, None, history, deadline).await,
+                Ok(body) => {
+                    call.on_idle();
+                    return run(core, call, body, None, history, deadline).await;
+                }
                 Err(failed) => Err(failed),
             },
         };
@@ -113,6 +116,7 @@ impl Attempts {
                 );
             };
             self.end_attempt(outcome);
+            self.conclusion.call.on_idle();
             tokio::time::sleep_until(resume).await;
             self.progress.advance();
             outcome = self.attempt(body, None).await;
@@ -241,6 +245,7 @@ impl Conclusion {
         if kind.failure().is_some() {
             let now = Instant::now();
             let mut status = failed(&core, &head, kind, &mut permit, self.deadline, now);
+            permit.end_attempt(status.code());
             if previous > 0 {
                 status
                     .metadata_mut()

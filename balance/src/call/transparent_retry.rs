@@ -120,7 +120,10 @@ pub(super) async fn send(
                 let answered = Answered { attempt, head };
                 return answered.settle(core, call, history, deadline).await;
             }
-            Ok(Err(error)) => body = recover(core, call, attempt, error, history, deadline).await?,
+            Ok(Err(error)) => {
+                body = recover(core, call, attempt, error, history, deadline).await?;
+                call.on_idle();
+            }
             Err(late) => {
                 attempt.permit.on_deadline_exceeded(Instant::now());
                 let endpoint = attempt.permit.endpoint();
@@ -236,6 +239,7 @@ pub(super) async fn recover(
             } else {
                 status::connection_or_stream_failed(&core.service, address, error, blame)
             };
+            permit.end_attempt(status.code());
             permit.on_failure(now, Blame::Connection);
             Err(Failed::at(&permit, status, body))
         }
@@ -298,6 +302,7 @@ impl Answered {
                 let address = permit.endpoint().address();
                 let status =
                     status::connection_or_stream_failed(&core.service, address, error, blame);
+                permit.end_attempt(status.code());
                 Err(Failed::at(permit, status, Some(body)))
             }
         }

@@ -18,10 +18,11 @@ use super::source::{Addresses, Changes, Discover, EndpointSource, Endpoints, Sou
 use super::{BalancedChannel, ChannelError};
 use crate::address::{Address, AddressPolicy};
 use crate::attributes::Attributes;
-use crate::balance::{self, Balancer, LbPolicy, Options, OutlierDetection, Updates};
+use crate::balance::{self, Balancer, Gauges, LbPolicy, Options, OutlierDetection, Updates};
 use crate::call::Core;
 use crate::call::retry::method_config::MethodConfigBuilder;
 use crate::causes::causes;
+use crate::metrics::{ChannelMetrics, Metrics};
 use crate::transport::connect::Connector;
 use crate::transport::deadline;
 use crate::transport::health_client::HealthCheck;
@@ -55,6 +56,7 @@ pub(super) struct Config {
     address_policy: Option<AddressPolicy>,
     health_check: Option<String>,
     pub(super) keep_alive: KeepAliveOptions,
+    metrics: Option<Metrics>,
     /// The first invalid option or address, with the reason.
     invalid: Option<String>,
 }
@@ -288,6 +290,20 @@ impl<S> ChannelBuilder<S> {
         self
     }
 
+    /// Enables metrics: passes a [`Recorder`](crate::metrics::Recorder), or a [`Metrics`] that also selects the instruments. Disabled by
+    /// default. The channels of a registry have the recorder of the registry.
+    ///
+    /// The label `grpc.target` is the target of the source, `etcd:///<prefix><service>` for a channel of a registry. Other channels have the
+    /// name of their [service](Self::service) instead.
+    pub fn metrics(mut self, metrics: impl Into<Metrics>) -> Self {
+        let metrics = metrics.into();
+        if let Some(reason) = metrics.unknown_name() {
+            self.config.refuse(format!("metrics: {reason}"));
+        }
+        self.config.metrics = Some(metrics);
+        self
+    }
+
     /// Sets the policy for the addresses that host names resolve to. Default: the policy of the source, or else [`AddressPolicy::default`].
     pub fn address_policy(mut self, policy: AddressPolicy) -> Self {
         self.config.address_policy = Some(policy);
@@ -317,6 +333,7 @@ impl ChannelBuilder {
             address_policy: None,
             health_check: None,
             keep_alive: KeepAliveOptions::default(),
+            metrics: None,
             invalid: None,
         };
         Self { source: (), config }
@@ -458,6 +475,7 @@ impl Config {
             policy,
             static_addresses,
             handle,
+            target,
         } = endpoints;
         let service = self.service.take().or(service);
         let service = service.unwrap_or_else(|| UNNAMED.to_owned());
@@ -509,7 +527,21 @@ impl Config {
             Some(known) => Updates::known_after(changes, known),
             None => Updates::new(changes),
         };
+        let metrics = self.metrics.map(|metrics| {
+            let target = target.unwrap_or_else(|| service.clone());
+            let is_tls = connector.is_tls();
+            Arc::new(ChannelMetrics::new(
+                metrics,
+                target,
+                service.clone(),
+                is_tls,
+            ))
+        });
+        options.metrics.clone_from(&metrics);
         let balancer = Balancer::start(&service, feed, connector, options);
+        let gauges = metrics
+            .as_ref()
+            .map(|metrics| Gauges::start(metrics, balancer.shared()));
         if let Some(reason) = &invalid {
             tracing::error!(
                 service,
@@ -532,6 +564,8 @@ impl Config {
             unknown,
             is_single_threaded: is_single_threaded(),
             method_config: self.methods.build(),
+            metrics,
+            _gauges: gauges,
             source_error,
             source_handle: handle,
         }))

@@ -95,6 +95,7 @@ pub struct Endpoints<S> {
     pub(super) policy: Option<AddressPolicy>,
     pub(super) static_addresses: bool,
     pub(super) handle: Option<SourceHandle>,
+    pub(super) target: Option<String>,
 }
 
 /// A handle of the source, which [`BalancedChannel::source_handle`](crate::BalancedChannel::source_handle) returns.
@@ -116,6 +117,7 @@ impl<S> Endpoints<S> {
             policy: None,
             static_addresses: false,
             handle: None,
+            target: None,
         }
     }
 
@@ -158,6 +160,14 @@ impl<S> Endpoints<S> {
     #[must_use]
     pub fn service(mut self, service: impl Into<String>) -> Self {
         self.service = Some(service.into());
+        self
+    }
+
+    /// Sets the target, as in `etcd:///gRPC/helloworld.Greeter`. It is the value of the label `grpc.target` of
+    /// [metrics](crate::channel::ChannelBuilder::metrics), and must not contain the addresses of endpoints.
+    #[must_use]
+    pub fn target(mut self, target: impl Into<String>) -> Self {
+        self.target = Some(target.into());
         self
     }
 

@@ -219,11 +219,16 @@ impl Connection {
         self.activity.has_too_many_pings()
     }
 
+    /// Returns the error code of the peer's GOAWAY.
+    pub(crate) fn goaway(&self) -> Option<Reason> {
+        self.activity.goaway().map(Reason::from)
+    }
+
     /// Returns the error code of the peer's GOAWAY, if a request on the connection may have caused the GOAWAY. Returns `None` for
     /// `NO_ERROR` and for `too_many_pings`. A call whose stream id is at most the last stream id of the GOAWAY fails when the socket
     /// closes, and the error of that call does not contain the code.
     pub(crate) fn goaway_error(&self) -> Option<Reason> {
-        let reason = Reason::from(self.activity.goaway()?);
+        let reason = self.goaway()?;
         (reason != Reason::NO_ERROR && !self.has_too_many_pings()).then_some(reason)
     }
 

@@ -15,6 +15,7 @@ use crate::balance::ready_connection::ReadyConnection;
 use crate::balance::stream_queue::Waiters;
 use crate::balance::subchannel::{Connecting, Idle, Subchannel};
 use crate::causes::causes;
+use crate::metrics::ConnectionRecord;
 use crate::transport::connect::{DialError, DialHistory};
 use crate::transport::http2::Connection;
 
@@ -106,13 +107,16 @@ impl Driver {
         };
         let round_trip = connection.round_trip();
         let load = self.latencies.begin(entry.endpoint.estimate());
-        let connection = Arc::new(ReadyConnection::new(
+        let connection = ReadyConnection::new(
             connection,
             Arc::clone(&entry.endpoint),
             load,
             Arc::<Waiters>::clone(&self.shared.waiters),
             self.shared.started,
-        ));
+        );
+        let metrics = self.options.metrics.as_ref();
+        let metrics = metrics.and_then(|metrics| metrics.subchannel(entry.attributes.zone()));
+        let connection = Arc::new(connection.with_record(metrics.map(ConnectionRecord::open)));
         connection.update_stream_limit();
         let weak = Arc::downgrade(&connection);
         // The callback holds a weak reference, so that it does not keep the connection open.
@@ -169,6 +173,12 @@ impl Driver {
         self.set_last_error(address, reason.into());
         if let Some(entry) = self.endpoints.get_mut(address) {
             entry.is_warm = false;
+            let metrics = self.options.metrics.as_ref();
+            if let Some(metrics) =
+                metrics.and_then(|metrics| metrics.subchannel(entry.attributes.zone()))
+            {
+                metrics.on_failed();
+            }
         }
         if let Some(OnRefused(on_refused)) = &self.options.on_refused {
             on_refused(address);

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use tokio::time::Instant;
 
+use super::disconnect_error::disconnect_error;
 use super::driver::Driver;
 use super::event_queue::SubchannelEvent;
 use super::subchannel_table::{DialId, State};
@@ -105,6 +106,10 @@ impl Driver {
         let Some((id, address, subchannel)) = self.subchannels.take_closed(dial_id) else {
             return;
         };
+        if let Some(record) = subchannel.connection().record() {
+            let goaway = subchannel.connection().http2().goaway();
+            record.close(&disconnect_error(goaway, reason));
+        }
         self.evict(id, subchannel.connection());
         self.check_too_many_pings(&address, subchannel.connection());
         if reason.is_graceful() {

@@ -55,9 +55,9 @@ impl Driver {
         let Some(entry) = self.endpoints.get_mut(address) else {
             return self.add(address, attributes);
         };
-        let (weight, last_resort) = (attributes.weight(), attributes.is_last_resort());
+        let last_resort = attributes.is_last_resort();
+        entry.endpoint.set_attributes(&attributes);
         let before = std::mem::replace(&mut entry.attributes, attributes);
-        entry.endpoint.set_attributes(weight, last_resort);
         let subchannels = entry.subchannels.clone();
         // A new generation is another server, or the same server after a restart.
         let is_new_generation = before.generation() != entry.attributes.generation();
@@ -79,7 +79,7 @@ impl Driver {
 
     fn add(&mut self, address: &Address, attributes: Attributes) {
         let endpoint = Arc::new(Endpoint::new(address.clone()));
-        endpoint.set_attributes(attributes.weight(), attributes.is_last_resort());
+        endpoint.set_attributes(&attributes);
         self.shared
             .directory()
             .insert(address.clone(), Arc::clone(&endpoint));

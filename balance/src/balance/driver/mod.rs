@@ -17,6 +17,7 @@ mod too_many_pings;
 
 // The parts.
 mod dials;
+mod disconnect_error;
 mod draining;
 mod endpoint_entry;
 mod event_queue;

@@ -2,7 +2,7 @@
 
 use tokio::time::Instant;
 
-use crate::balance::outlier::{self, Counts, Ejection, OutlierDetection};
+use crate::balance::outlier::{self, Counts, Ejection, Ejections, OutlierDetection};
 
 /// Outlier detection, if it is enabled, and the time of its next sweep. A sweep evaluates the calls of all endpoints since the previous
 /// sweep.
@@ -28,11 +28,16 @@ impl OutlierSchedule {
     }
 
     /// Updates the ejection of each endpoint from its calls since the last sweep.
-    pub(super) fn sweep(&mut self, endpoints: &mut [(Counts, Ejection)], now: Instant) {
-        if let Some(config) = &self.config {
-            self.sweep_at = Some(now + config.period());
-            outlier::sweep(config, endpoints, now);
-        }
+    pub(super) fn sweep(
+        &mut self,
+        endpoints: &mut [(Counts, Ejection)],
+        now: Instant,
+    ) -> Ejections {
+        let Some(config) = &self.config else {
+            return Ejections::default();
+        };
+        self.sweep_at = Some(now + config.period());
+        outlier::sweep(config, endpoints, now)
     }
 }
 

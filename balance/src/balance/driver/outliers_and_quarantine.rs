@@ -14,7 +14,10 @@ impl Driver {
     pub(super) fn detect_outliers(&mut self, now: Instant) {
         let entries = self.endpoints.values_mut();
         let mut hosts: Vec<_> = entries.map(EndpointEntry::sweep).collect();
-        self.detection.sweep(&mut hosts, now);
+        let ejections = self.detection.sweep(&mut hosts, now);
+        if let Some(metrics) = &self.options.metrics {
+            metrics.on_ejections(ejections.success_rate, ejections.failure_percentage);
+        }
         let mut moved = Vec::new();
         for (entry, (counts, ejection)) in self.endpoints.values_mut().zip(hosts) {
             let address = entry.endpoint.address();

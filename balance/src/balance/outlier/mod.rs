@@ -7,4 +7,4 @@ mod config;
 mod sweep;
 
 pub use config::{FailurePercentageEjection, OutlierDetection, SuccessRateEjection};
-pub(super) use sweep::{Counts, Ejection, sweep};
+pub(super) use sweep::{Counts, Ejection, Ejections, sweep};

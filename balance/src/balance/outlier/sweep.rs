@@ -2,6 +2,8 @@
 
 use tokio::time::Instant;
 
+use crate::metrics::EjectionCounts;
+
 use super::config::{FailurePercentageEjection, OutlierDetection, SuccessRateEjection};
 
 /// Counts of an endpoint's calls within an interval.
@@ -40,17 +42,25 @@ impl Ejection {
     }
 }
 
+/// The ejections of one sweep, by the rule that has found the outlier.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(in crate::balance) struct Ejections {
+    pub(in crate::balance) success_rate: EjectionCounts,
+    pub(in crate::balance) failure_percentage: EjectionCounts,
+}
+
 /// Evaluates the endpoints at the end of an interval: ejects outliers, and ends the ejections whose time is over.
 pub(in crate::balance) fn sweep(
     config: &OutlierDetection,
     hosts: &mut [(Counts, Ejection)],
     now: Instant,
-) {
+) -> Ejections {
+    let mut ejections = Ejections::default();
     if let Some(rule) = &config.success_rate {
-        eject_by_success_rate(rule, config, hosts, now);
+        ejections.success_rate = eject_by_success_rate(rule, config, hosts, now);
     }
     if let Some(rule) = &config.failure_percentage {
-        eject_by_failure_percentage(rule, config, hosts, now);
+        ejections.failure_percentage = eject_by_failure_percentage(rule, config, hosts, now);
     }
     for (_, ejection) in hosts {
         if ejection.is_over(config, now) {
@@ -59,6 +69,7 @@ pub(in crate::balance) fn sweep(
             ejection.multiplier = ejection.multiplier.saturating_sub(1);
         }
     }
+    ejections
 }
 
 /// Ejects the endpoints whose success rate is far below the mean.
@@ -71,7 +82,7 @@ fn eject_by_success_rate(
     config: &OutlierDetection,
     hosts: &mut [(Counts, Ejection)],
     now: Instant,
-) {
+) -> EjectionCounts {
     let rate = |counts: &Counts| {
         let total = counts.successes + counts.failures + counts.overruns;
         (total >= rule.request_volume && total > 0).then(|| counts.successes as f64 / total as f64)
@@ -81,14 +92,14 @@ fn eject_by_success_rate(
         .filter_map(|(counts, _)| rate(counts))
         .collect();
     if rates.len() < rule.minimum_hosts.max(1) {
-        return;
+        return EjectionCounts::default();
     }
     let mean = rates.iter().sum::<f64>() / rates.len() as f64;
     let variance = rates.iter().map(|rate| (rate - mean).powi(2)).sum::<f64>() / rates.len() as f64;
     let threshold = mean - variance.sqrt() * (f64::from(rule.stdev_factor) / 1_000.0);
     eject_where(config, hosts, now, |counts| {
         rate(counts).is_some_and(|rate| rate < threshold)
-    });
+    })
 }
 
 /// Ejects the endpoints that fail too large a part of their calls.
@@ -97,16 +108,16 @@ fn eject_by_failure_percentage(
     config: &OutlierDetection,
     hosts: &mut [(Counts, Ejection)],
     now: Instant,
-) {
+) -> EjectionCounts {
     let total = |counts: &Counts| counts.successes + counts.failures;
     let has_volume = |counts: &Counts| total(counts) >= rule.request_volume.max(1);
     let with_volume = hosts.iter().filter(|(counts, _)| has_volume(counts));
     if with_volume.count() < rule.minimum_hosts {
-        return;
+        return EjectionCounts::default();
     }
     eject_where(config, hosts, now, |counts| {
         has_volume(counts) && counts.failures * 100 > u64::from(rule.threshold) * total(counts)
-    });
+    })
 }
 
 /// Ejects the outliers, as long as enough endpoints remain.
@@ -115,7 +126,8 @@ fn eject_where(
     hosts: &mut [(Counts, Ejection)],
     now: Instant,
     is_outlier: impl Fn(&Counts) -> bool,
-) {
+) -> EjectionCounts {
+    let mut count = EjectionCounts::default();
     let all = hosts.len();
     let mut ejected = hosts.iter().filter(|(_, e)| e.is_ejected()).count();
     for (counts, ejection) in hosts {
@@ -123,11 +135,18 @@ fn eject_where(
         // endpoint that is not ejected is never ejected.
         let within =
             ejected == 0 || (ejected + 1) * 100 <= all * config.max_ejection_percent as usize;
-        if !ejection.is_ejected() && within && ejected + 1 < all && is_outlier(counts) {
+        if ejection.is_ejected() || !is_outlier(counts) {
+            continue;
+        }
+        if within && ejected + 1 < all {
             ejection.eject(now);
             ejected += 1;
+            count.enforced += 1;
+        } else {
+            count.overflow += 1;
         }
     }
+    count
 }
 
 #[cfg(test)]

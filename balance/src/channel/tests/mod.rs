@@ -26,6 +26,7 @@ use crate::{
 mod faults;
 mod greeter;
 mod messages;
+mod metrics;
 mod routes;
 mod streams;
 mod support;

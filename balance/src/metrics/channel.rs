@@ -1,0 +1,138 @@
+//! The instruments of one channel.
+
+use std::sync::Arc;
+
+use super::instrument::{
+    DETECTION_METHOD, EJECTIONS_ENFORCED, EJECTIONS_UNENFORCED, LOCALITY, UNENFORCED_REASON,
+};
+use super::interned::Interned;
+use super::method::MethodMetrics;
+use super::recorder::Counter;
+use super::scope::Scope;
+use super::selection::Metrics;
+use super::subchannel::SubchannelMetrics;
+
+/// The handles of one channel.
+pub(crate) struct ChannelMetrics {
+    scope: Arc<Scope>,
+    methods: Interned<MethodMetrics>,
+    other: Arc<MethodMetrics>,
+    /// The handles for endpoints of one zone, or of all zones if the label for the zone is disabled.
+    subchannels: Interned<SubchannelMetrics>,
+    security_level: &'static str,
+    success_rate: EjectionCounters,
+    failure_percentage: EjectionCounters,
+}
+
+/// The ejections of one sweep by one method.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct EjectionCounts {
+    pub(crate) enforced: u64,
+    /// Outliers that were not ejected, because too many endpoints were ejected already.
+    pub(crate) overflow: u64,
+}
+
+struct EjectionCounters {
+    enforced: Option<Box<dyn Counter>>,
+    overflow: Option<Box<dyn Counter>>,
+}
+
+impl EjectionCounters {
+    fn new(scope: &Scope, method: &'static str) -> Self {
+        let own = [
+            (DETECTION_METHOD, method),
+            (UNENFORCED_REASON, "max_ejection_overflow"),
+        ];
+        let labels = scope.labels(&own);
+        Self {
+            enforced: scope.metrics.counter(&EJECTIONS_ENFORCED, &labels),
+            overflow: scope.metrics.counter(&EJECTIONS_UNENFORCED, &labels),
+        }
+    }
+
+    fn add(&self, counts: EjectionCounts) {
+        for (counter, count) in [
+            (&self.enforced, counts.enforced),
+            (&self.overflow, counts.overflow),
+        ] {
+            if let Some(counter) = counter
+                && count > 0
+            {
+                counter.add(count);
+            }
+        }
+    }
+}
+
+impl ChannelMetrics {
+    pub(crate) fn new(metrics: Metrics, target: String, service: String, is_tls: bool) -> Self {
+        let has_zones = metrics.has_label(LOCALITY);
+        let scope = Arc::new(Scope {
+            metrics,
+            target,
+            service,
+            has_zones,
+        });
+        Self {
+            methods: Interned::new(MAX_METHODS),
+            other: Arc::new(MethodMetrics::new(Arc::clone(&scope), "other")),
+            subchannels: Interned::new(MAX_ZONES),
+            security_level: if is_tls {
+                "privacy_and_integrity"
+            } else {
+                "none"
+            },
+            success_rate: EjectionCounters::new(&scope, "success_rate"),
+            failure_percentage: EjectionCounters::new(&scope, "failure_percentage"),
+            scope,
+        }
+    }
+
+    pub(crate) fn metrics(&self) -> &Metrics {
+        &self.scope.metrics
+    }
+
+    pub(crate) fn target(&self) -> &str {
+        &self.scope.target
+    }
+
+    /// Returns the handles of a method, `package.Service/Method`. `None` is a method that no generated client has.
+    pub(crate) fn method(&self, name: Option<&str>) -> Arc<MethodMetrics> {
+        let create = |name| move || MethodMetrics::new(Arc::clone(&self.scope), name);
+        name.and_then(|name| self.methods.get(name, create(name)))
+            .unwrap_or_else(|| Arc::clone(&self.other))
+    }
+
+    /// Returns the handles for the connections to an endpoint of this zone.
+    pub(crate) fn subchannel(&self, zone: Option<&str>) -> Option<Arc<SubchannelMetrics>> {
+        let zone = zone.filter(|_| self.scope.has_zones).unwrap_or_default();
+        let create = |zone| {
+            move || SubchannelMetrics::new(Arc::clone(&self.scope), zone, self.security_level)
+        };
+        let of_zone = self.subchannels.get(zone, create(zone));
+        of_zone.or_else(|| self.subchannels.get("", create("")))
+    }
+
+    /// Records the ejections of a sweep.
+    pub(crate) fn on_ejections(
+        &self,
+        success_rate: EjectionCounts,
+        failure_percentage: EjectionCounts,
+    ) {
+        self.success_rate.add(success_rate);
+        self.failure_percentage.add(failure_percentage);
+    }
+}
+
+impl std::fmt::Debug for ChannelMetrics {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ChannelMetrics")
+            .field("target", &self.scope.target)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Limit on the methods with handles of their own. Calls of further methods count as `other`.
+const MAX_METHODS: usize = 1_000;
+/// Limit on the zones with handles of their own. Connections to further zones are recorded without a zone.
+const MAX_ZONES: usize = 100;

@@ -1,0 +1,3 @@
+//! A recorder in memory, for tests.
+
+pub(crate) mod memory;
