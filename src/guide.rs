@@ -1,4 +1,5 @@
-//! Guides: the behaviour during failures, the errors, the operation of servers and clients, and a comparison with the libraries for Go.
+//! Guides: the behaviour during failures, the errors, the metrics, the operation of servers and clients, and a comparison with the libraries
+//! for Go.
 
 pub mod behaviour {
     #![doc = include_str!("../docs/behaviour.md")]
@@ -9,6 +10,13 @@ pub mod behaviour {
 
 pub mod coming_from_go {
     #![doc = include_str!("../docs/coming-from-go.md")]
+
+    #[cfg(doc)]
+    use crate::{channel::*, error::*, instance::*, registration::*, registry::*, resolver::*, *};
+}
+
+pub mod metrics {
+    #![doc = include_str!("../docs/metrics.md")]
 
     #[cfg(doc)]
     use crate::{channel::*, error::*, instance::*, registration::*, registry::*, resolver::*, *};

@@ -101,6 +101,7 @@ pub mod format;
 pub mod guide;
 pub mod instance;
 mod keyspace;
+pub mod metrics;
 pub mod registration;
 pub mod registry;
 pub mod resolver;

@@ -26,7 +26,7 @@ const PACKAGES: &[Package] = &[
     Package {
         name: "tonic-balance",
         sources: concat!(env!("CARGO_MANIFEST_DIR"), "/balance/src"),
-        vocabulary: &["address", "attributes", "causes"],
+        vocabulary: &["address", "attributes", "causes", "metrics"],
         allowed: &[
             ("transport", &[]),
             ("balance", &["transport"]),
@@ -45,7 +45,7 @@ const PACKAGES: &[Package] = &[
         name: "tonic-etcd",
         sources: concat!(env!("CARGO_MANIFEST_DIR"), "/src"),
         vocabulary: &[
-            "backoff", "error", "format", "instance", "keyspace", "slots",
+            "backoff", "error", "format", "instance", "keyspace", "metrics", "slots",
         ],
         allowed: &[
             ("etcd", &[]),

@@ -1,6 +1,6 @@
 //! A handle to an etcd cluster: the source of its connections, the credentials, and the watch streams.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use etcd_client::Client;
@@ -15,6 +15,7 @@ use super::error;
 use super::limits::DEADLINE;
 use super::member_health::{Failure, Traffic};
 use super::members::{Members, OpenChannel};
+use super::metrics::RequestMetrics;
 use super::reconcile_batch::ReconcileBatch;
 use super::request_channel::RequestChannel;
 use super::token_cell::Token;
@@ -22,6 +23,7 @@ use super::watch::Watch;
 use super::watch_stream::WatchStreams;
 use crate::error::{EtcdError, EtcdErrorKind};
 use crate::keyspace::{Key, Range, Revision};
+use crate::metrics::Metrics;
 use crate::slots::Slots;
 
 /// A handle to an etcd cluster. A clone shares the handle by a reference count.
@@ -40,6 +42,8 @@ pub(super) struct Cluster {
     slots: Slots,
     /// Limits the requests that the resolvers send at the same time.
     pub(super) concurrency_limit: ConcurrencyLimit,
+    /// The metrics, if they are enabled. Shared with detached handles.
+    pub(super) metrics: Arc<OnceLock<RequestMetrics>>,
 }
 
 impl Cluster {
@@ -52,6 +56,7 @@ impl Cluster {
             reconcile_batch: ReconcileBatch::default(),
             slots: Slots::new(Instant::now(), &mut fastrand::Rng::new()),
             concurrency_limit: ConcurrencyLimit::default(),
+            metrics: Arc::default(),
         }
     }
 }
@@ -85,7 +90,20 @@ impl Etcd {
             Source::External(client) => Source::External(Arc::clone(client)),
         };
         let auth = self.0.auth.detached();
-        Self(Arc::new(Cluster::new(source, auth, Arc::clone(&self.0.id))))
+        let mut cluster = Cluster::new(source, auth, Arc::clone(&self.0.id));
+        cluster.metrics = Arc::clone(&self.0.metrics);
+        Self(Arc::new(cluster))
+    }
+
+    /// Enables the metrics of this handle and of its clones. Later calls have no effect.
+    pub(crate) fn set_metrics(&self, metrics: Metrics) {
+        // An error means that the metrics are set already.
+        let _ = self.0.metrics.set(RequestMetrics::new(metrics));
+    }
+
+    /// Returns the metrics, if they are enabled.
+    pub(crate) fn metrics(&self) -> Option<&Metrics> {
+        Some(&self.0.metrics.get()?.metrics)
     }
 
     /// Returns the addresses of the members as `host:port`. Empty for an external client.

@@ -14,6 +14,7 @@ use super::members::OpenChannel;
 use super::token_cell::Credentials;
 use crate::error::{EtcdError, EtcdErrorKind, RegistryError, causes};
 use crate::keyspace::Key;
+use crate::metrics::Metrics;
 use tonic_balance::Address;
 #[cfg(feature = "tls")]
 use tonic_balance::{__private::check_tls, TlsConfig};
@@ -26,6 +27,7 @@ pub(crate) struct Config {
     pub(crate) credentials: Option<Credentials>,
     #[cfg(feature = "tls")]
     pub(crate) tls: Option<TlsConfig>,
+    pub(crate) metrics: Option<Metrics>,
 }
 
 impl Config {
@@ -142,7 +144,11 @@ impl Etcd {
     fn over(config: &Config, members: &[MemberEndpoint]) -> Self {
         let addresses = members.iter().map(|member| member.address().clone());
         let auth = Auth::new(config.credentials.clone());
-        Self::lazy(addresses.collect(), config.open(members), auth)
+        let etcd = Self::lazy(addresses.collect(), config.open(members), auth);
+        if let Some(metrics) = &config.metrics {
+            etcd.set_metrics(metrics.clone());
+        }
+        etcd
     }
 
     /// Fetches the first token from any member that responds.

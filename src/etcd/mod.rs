@@ -17,6 +17,7 @@ mod lease;
 mod limits;
 mod member_health;
 mod members;
+mod metrics;
 mod reconcile;
 mod reconcile_batch;
 mod request_channel;

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use tokio::time::Instant;
+
 use super::cluster::Etcd;
 use super::error;
 use super::limits::DEADLINE;
@@ -95,13 +97,14 @@ impl Etcd {
         let mut channel = self.channel(traffic, deadline).await?;
         let token = self.0.auth.token();
         // Boxed, because a future of `etcd-client` takes 20 KiB, which would otherwise be part of every task.
-        let mut outcome = with_deadline(
-            operation,
-            deadline,
-            &channel,
-            Box::pin(request(channel.clone())),
-        )
-        .await;
+        let mut outcome = self
+            .send(
+                operation,
+                deadline,
+                &channel,
+                Box::pin(request(channel.clone())),
+            )
+            .await;
         if let Err(error) = &outcome
             && error.kind().is_refusal()
             && !(error.kind() == EtcdErrorKind::PermissionDenied && self.0.auth.cannot_be_expired())
@@ -110,13 +113,14 @@ impl Etcd {
                 Ok(true) => {
                     tracing::debug!(%error, "etcd refused the token, trying again with a fresh one");
                     channel = self.channel(traffic, deadline).await?;
-                    outcome = with_deadline(
-                        operation,
-                        deadline,
-                        &channel,
-                        Box::pin(request(channel.clone())),
-                    )
-                    .await;
+                    outcome = self
+                        .send(
+                            operation,
+                            deadline,
+                            &channel,
+                            Box::pin(request(channel.clone())),
+                        )
+                        .await;
                 }
                 Ok(false) => {}
                 // No new token could be obtained. The exchange has already recorded this failure for its member.
@@ -124,6 +128,24 @@ impl Etcd {
             }
         }
         self.record_outcome(&channel, traffic, outcome.as_ref().err());
+        outcome
+    }
+
+    /// Sends the request once, and records its duration if metrics are enabled.
+    async fn send<T>(
+        &self,
+        operation: &'static str,
+        deadline: Duration,
+        channel: &RequestChannel,
+        request: impl Future<Output = Result<T, EtcdError>>,
+    ) -> Result<T, EtcdError> {
+        let sent = Instant::now();
+        let outcome = with_deadline(operation, deadline, channel, request).await;
+        if let Some(metrics) = self.0.metrics.get() {
+            let error = outcome.as_ref().err().map(EtcdError::kind);
+            let duration = Instant::now().saturating_duration_since(sent);
+            metrics.record(operation, error, duration);
+        }
         outcome
     }
 }

@@ -8,6 +8,7 @@ mod entry;
 mod handle;
 mod key_watch;
 mod lease;
+mod metrics;
 mod registration;
 mod serve_options;
 mod status;

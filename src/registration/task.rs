@@ -2,6 +2,7 @@
 
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::pin::pin;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
@@ -10,6 +11,7 @@ use tokio::time::{Instant, sleep_until};
 use super::entry::Entry;
 use super::key_watch::{KeyWatch, News};
 use super::lease::{Command, Found, LEAVE_MARKER_MAX, Machine, Phase, Put};
+use super::metrics::RegistrationMetrics;
 use super::status::RegistrationState;
 use super::ttl::{self, Ttl};
 use crate::etcd::Etcd;
@@ -43,6 +45,8 @@ pub(super) struct Task {
     entry: Entry,
     inbox: mpsc::Receiver<Request>,
     states: watch::Sender<RegistrationState>,
+    /// The instruments, if metrics are enabled.
+    metrics: Option<Arc<RegistrationMetrics>>,
     waiting: Vec<(Goal, Answer)>,
     key_watch: KeyWatch,
     /// The largest number of servers of the service that was counted. After a loss of all data, the servers of a large service register
@@ -89,6 +93,10 @@ impl Task {
         budget: Duration,
     ) -> Self {
         let has_leave_marker = entry.has_leave_marker();
+        let metrics = etcd.metrics();
+        let metrics = metrics.map(|metrics| {
+            RegistrationMetrics::start(metrics, &entry.services, states.subscribe())
+        });
         Self {
             machine: Machine::new(
                 entry.ttl.lowest(),
@@ -102,6 +110,7 @@ impl Task {
             entry,
             inbox,
             states,
+            metrics,
             waiting: Vec::new(),
             key_watch: KeyWatch::new(),
             servers: 0,
@@ -305,6 +314,11 @@ impl Task {
             let lost = matches!(before, Some((Phase::Registered { .. }, ..)))
                 && matches!(seen.0, Phase::Registering | Phase::Superseded(_));
             if lost {
+                if let (Some(metrics), Some((Phase::Registered { expires, .. }, ..))) =
+                    (&self.metrics, before)
+                {
+                    metrics.on_loss(expires, seen.0, now);
+                }
                 tracing::warn!(state = %next, failures = seen.1, "the registration is lost");
             } else {
                 tracing::info!(state = %next, failures = seen.1, "registration state changed");

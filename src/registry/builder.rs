@@ -6,6 +6,7 @@ use super::registry::Registry;
 use crate::error::RegistryError;
 use crate::etcd::{Config, Credentials, Etcd};
 use crate::keyspace::{Key, Keyspace};
+use crate::metrics::Metrics;
 use crate::resolver::RunningResolvers;
 
 impl Registry {
@@ -106,6 +107,13 @@ impl RegistryBuilder {
     /// Sets the policy for the addresses that resolvers accept and registrations may advertise. See [`AddressPolicy`] for the default.
     pub fn address_policy(mut self, policy: AddressPolicy) -> Self {
         self.policy = policy;
+        self
+    }
+
+    /// Enables metrics: passes a [`Recorder`](crate::metrics::Recorder), or a [`Metrics`] that also selects the instruments. Disabled by
+    /// default. The metrics cover the channels, resolvers and registrations of the registry, and its requests to etcd.
+    pub fn metrics(mut self, metrics: impl Into<Metrics>) -> Self {
+        self.config.metrics = Some(metrics.into());
         self
     }
 

@@ -107,12 +107,14 @@ impl EndpointSource for Resolver {
         let policy = self.policy().clone();
         let feedback = self.feedback();
         let handle = self.handle();
+        let target = self.target().to_owned();
         let endpoints = Endpoints::new(self)
             .known_after(known)
             .last_error(last_error)
             .on_refused(move |address| feedback.refused(address))
             .address_policy(policy)
             .handle(handle)
+            .target(target)
             .service(service);
         Ok(endpoints)
     }

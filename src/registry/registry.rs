@@ -8,6 +8,7 @@ use crate::error::RegistryError;
 use crate::etcd::Etcd;
 use crate::format::Format;
 use crate::keyspace::Keyspace;
+use crate::metrics::Metrics;
 use crate::registration::RegistrationBuilder;
 use crate::resolver::{ResolverBuilder, RunningResolvers};
 
@@ -59,6 +60,14 @@ impl Registry {
     #[must_use]
     pub fn with_address_policy(mut self, policy: AddressPolicy) -> Self {
         self.policy = policy;
+        self
+    }
+
+    /// Enables metrics, as [`RegistryBuilder::metrics`](crate::registry::RegistryBuilder::metrics) does. The metrics also apply to the
+    /// original and its other clones. If the registry has metrics already, this method has no effect.
+    #[must_use]
+    pub fn with_metrics(self, metrics: impl Into<Metrics>) -> Self {
+        self.etcd.set_metrics(metrics.into());
         self
     }
 
@@ -128,7 +137,7 @@ impl Registry {
     /// # }
     /// ```
     pub fn channel(&self, service: impl Into<String>) -> ChannelBuilder<ResolverBuilder> {
-        BalancedChannel::builder().source(self.resolver(service))
+        self.builder_of_channel(self.resolver(service))
     }
 
     /// Returns a builder of a channel that is balanced over the instances of a resolver from [`resolver_at`](Self::resolver_at).
@@ -137,7 +146,7 @@ impl Registry {
         I: IntoIterator,
         I::Item: Into<String>,
     {
-        BalancedChannel::builder().source(self.resolver_at(prefixes))
+        self.builder_of_channel(self.resolver_at(prefixes))
     }
 
     /// Returns a builder of a channel for a target in the form of grpc-go, `etcd:///service`. The channel uses the keys below `service/`,
@@ -170,6 +179,15 @@ impl Registry {
         if let Some(format) = format {
             resolver = resolver.format(format);
         }
-        BalancedChannel::builder().source(resolver).service(path)
+        self.builder_of_channel(resolver).service(path)
+    }
+
+    fn builder_of_channel(&self, resolver: ResolverBuilder) -> ChannelBuilder<ResolverBuilder> {
+        let builder = BalancedChannel::builder();
+        let builder = match self.etcd.metrics() {
+            Some(metrics) => builder.metrics(metrics.clone()),
+            None => builder,
+        };
+        builder.source(resolver)
     }
 }

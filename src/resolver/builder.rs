@@ -220,6 +220,7 @@ impl ResolverBuilder {
             .iter()
             .map(|prefix| Range::prefix(prefix))
             .collect();
+        let target = target(&prefixes, &service);
         let file = options
             .cache_dir
             .as_ref()
@@ -228,6 +229,7 @@ impl ResolverBuilder {
             Resolver::start(
                 &etcd,
                 service.clone(),
+                &target,
                 ranges.clone(),
                 options.clone(),
                 file,
@@ -259,6 +261,18 @@ impl ResolverBuilder {
     }
 }
 
+/// Returns the target as grpc-go writes it: `etcd:///` and the keys without the last slash.
+fn target(prefixes: &[String], service: &str) -> String {
+    if prefixes.is_empty() {
+        return format!("etcd:///{service}");
+    }
+    let prefixes: Vec<_> = prefixes
+        .iter()
+        .map(|prefix| prefix.trim_end_matches('/'))
+        .collect();
+    format!("etcd:///{}", prefixes.join(","))
+}
+
 /// Removes duplicates, and prefixes that are nested in another prefix. Each key must have exactly one watch. With two watches, a late put
 /// from one watch could undo a delete from the other.
 fn disjoint(mut prefixes: Vec<String>) -> Vec<String> {
@@ -280,6 +294,15 @@ fn disjoint(mut prefixes: Vec<String>) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_target_has_the_form_of_grpc_go() {
+        let prefixes = ["/gRPC/helloworld.Greeter/".to_owned()];
+        let expected = "etcd:////gRPC/helloworld.Greeter";
+        assert_eq!(target(&prefixes, "helloworld.Greeter"), expected);
+        let prefixes = ["a/".to_owned(), "b/".to_owned()];
+        assert_eq!(target(&prefixes, "a/, b/"), "etcd:///a,b");
+    }
 
     #[test]
     fn nested_prefixes_are_omitted() {

@@ -8,9 +8,11 @@
 mod builder;
 mod cache;
 mod feedback;
+mod gauges;
 mod handle;
 mod hold;
 mod instances;
+mod metrics;
 mod options;
 mod resolver;
 mod running;

@@ -14,7 +14,9 @@ use tracing::Instrument;
 
 use super::cache::Cache;
 use super::feedback::ResolverFeedback;
+use super::gauges::GAUGES;
 use super::handle::ResolverHandle;
+use super::metrics::ResolverMetrics;
 use super::options::Options;
 use super::status::{RejectedKey, ResolverState, ResolverStatus};
 use super::store::Core;
@@ -93,6 +95,7 @@ impl Resolver {
     pub(super) fn start(
         etcd: &Etcd,
         service: String,
+        target: &str,
         ranges: Vec<Range>,
         options: Options,
         file: Option<Cache>,
@@ -100,7 +103,16 @@ impl Resolver {
     ) -> Self {
         let reconcile = options.reconcile;
         let (seeds, policy) = (options.seeds.clone(), options.decoder.policy.clone());
-        let core = Arc::new(Core::new(service, ranges.len(), options.clone(), trouble));
+        let metrics = etcd.metrics();
+        let mut core = Core::new(service, ranges.len(), options.clone(), trouble);
+        core.target = target.into();
+        core.metrics = metrics.map(|metrics| ResolverMetrics::new(metrics, target));
+        let core = Arc::new(core);
+        for gauge in GAUGES {
+            if let Some(metrics) = metrics {
+                metrics.observe(gauge, &core);
+            }
+        }
         let mut handles = vec![tokio::spawn(task::release_holds(Arc::clone(&core))).abort_handle()];
         if file.is_some() || !seeds.is_empty() {
             let task = task::keep_cache(Arc::clone(&core), file, seeds, policy);
@@ -136,6 +148,11 @@ impl Resolver {
     /// Returns the parts that all subscriptions share.
     pub(super) fn parts(&self) -> (&Arc<Core>, &Arc<Tasks>, &ResolverFeedback) {
         (&self.core, &self.tasks, &self.feedback)
+    }
+
+    /// Returns the target, for the metrics of channels.
+    pub(crate) fn target(&self) -> &str {
+        &self.core.target
     }
 
     /// Returns the policy for the addresses of instances.

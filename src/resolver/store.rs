@@ -12,6 +12,7 @@ use tower::discover::Change;
 
 use super::hold::{Hold, News, Outcome};
 use super::instances::{Applied, Instances};
+use super::metrics::ResolverMetrics;
 use super::options::{Filter, Options};
 use super::status::{RejectedKey, ResolverState, ResolverStatus};
 use super::watcher::{Machine, Report};
@@ -25,6 +26,10 @@ use tonic_balance::{Address, AddressPolicy};
 #[derive(Debug)]
 pub(super) struct Core {
     pub(super) service: String,
+    /// The target, for the metrics.
+    pub(super) target: Box<str>,
+    /// The counters, if metrics are enabled.
+    pub(super) metrics: Option<ResolverMetrics>,
     decoder: Decoder,
     shared: Mutex<Shared>,
     pub(super) status: watch::Sender<ResolverStatus>,
@@ -236,6 +241,8 @@ impl Core {
         let status = watch::Sender::new(status_of(&shared, None));
         Self {
             service,
+            target: Box::default(),
+            metrics: None,
             decoder: options.decoder,
             shared: Mutex::new(shared),
             status,
@@ -442,6 +449,9 @@ impl Core {
                 let error = next.last_error.as_ref().map(tracing::field::display);
                 let service = &self.service;
                 tracing::info!(service, state = %next.state, instances, revision = next.revision.map(Revision::get), error, "resolver state changed");
+            }
+            if let Some(metrics) = &self.metrics {
+                metrics.on_status(status, &next);
             }
             let modified = !next.is_same(status);
             *status = next;

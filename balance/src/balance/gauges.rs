@@ -39,7 +39,7 @@ impl GaugeSource for Gauges {
             return;
         };
         let target = (TARGET, self.channel.target());
-        if std::ptr::eq(instrument, &LB_WAITING_CALLS) {
+        if std::ptr::eq(instrument, &raw const LB_WAITING_CALLS) {
             return observe(&[target], shared.waiters().waiting() as f64);
         }
         let states = shared.states();

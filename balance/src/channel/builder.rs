@@ -527,16 +527,11 @@ impl Config {
             Some(known) => Updates::known_after(changes, known),
             None => Updates::new(changes),
         };
-        let metrics = self.metrics.map(|metrics| {
+        let of_channel = |metrics| {
             let target = target.unwrap_or_else(|| service.clone());
-            let is_tls = connector.is_tls();
-            Arc::new(ChannelMetrics::new(
-                metrics,
-                target,
-                service.clone(),
-                is_tls,
-            ))
-        });
+            ChannelMetrics::new(metrics, target, service.clone(), connector.is_tls())
+        };
+        let metrics = self.metrics.map(of_channel).map(Arc::new);
         options.metrics.clone_from(&metrics);
         let balancer = Balancer::start(&service, feed, connector, options);
         let gauges = metrics
