@@ -42,6 +42,7 @@ lint: setup features api ## Check formatting, lints, docs, each set of features,
 	$(CARGO) rustc --locked --lib -p tonic-balance --all-features -- -D unused-crate-dependencies
 	$(CARGO) rustc --locked --lib -p tonic-etcd --all-features -- -D unused-crate-dependencies
 	$(CARGO) rustc --locked --lib -p tonic-balance-channelz -- -D unused-crate-dependencies
+	$(CARGO) rustc --locked --lib -p tonic-etcd-opentelemetry -- -D unused-crate-dependencies
 
 features: setup ## Check each feature alone, and in pairs, with its docs
 	@set -e; for features in $(subst none,,$(FEATURE_SETS)) ""; do \
@@ -72,7 +73,7 @@ test: setup ## Run all tests
 	@echo "with $$("$${ETCD_BIN:-etcd}" --version | sed -n 1p), $$("$${PROTOC:-protoc}" --version)"
 	@command -v go >/dev/null && go version || echo "left out: the tests with grpc-go (there is no Go)"
 	$(CARGO) test --locked --workspace --all-features --no-run
-	$(CARGO) test --locked --workspace --all-features --lib --bins --examples $(REST:%=--test %) --test command
+	$(CARGO) test --locked --workspace --all-features --lib --bins --examples $(REST:%=--test %) --test command --test sdk
 	RUST_TEST_THREADS=$(TEST_THREADS) $(CARGO) test --locked --all-features $(WAITING:%=--test %)
 	$(CARGO) test --locked --workspace --all-features --doc
 	@if [ -n "$${ETCD_BIN:-}" ]; then \

@@ -67,6 +67,19 @@ fn companion_packages_are_no_dependency_of_the_library() {
 }
 
 #[test]
+fn only_the_package_for_opentelemetry_depends_on_opentelemetry() {
+    for package in ["tonic-balance", "tonic-etcd"] {
+        let names = dependencies(package, &["--all-features"]);
+        let found = names.iter().find(|name| name.contains("opentelemetry"));
+        assert_eq!(found, None, "a dependency of {package}");
+    }
+    let names = dependencies("tonic-etcd-opentelemetry", &[]);
+    for unwanted in ["opentelemetry_sdk", "etcd-client", "prometheus-client"] {
+        assert!(!names.contains(unwanted), "{unwanted} is a dependency");
+    }
+}
+
+#[test]
 fn every_dependency_has_a_compatible_licence() {
     const ALLOWED: [&str; 9] = [
         "Apache-2.0",
@@ -173,7 +186,7 @@ fn only_known_crates_are_linked_in_two_versions() {
 
 #[test]
 fn each_package_contains_its_sources_its_readme_and_its_licences() {
-    for package in ["tonic-balance", "tonic-etcd"] {
+    for package in ["tonic-balance", "tonic-etcd", "tonic-etcd-opentelemetry"] {
         let files = cargo(&[
             "package",
             "--locked",

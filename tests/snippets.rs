@@ -322,6 +322,27 @@ async fn options_tls_server(registry: Registry) -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
+mod metrics {
+    use opentelemetry::metrics::MeterProvider;
+    use opentelemetry_sdk::metrics::SdkMeterProvider;
+    use tonic_etcd::{BalancedChannel, Registry, metrics::Metrics};
+    use tonic_etcd_opentelemetry::OpenTelemetry;
+
+    async fn measured(
+        provider: &SdkMeterProvider,
+    ) -> Result<BalancedChannel, Box<dyn std::error::Error>> {
+        let recorder = OpenTelemetry::new(provider.meter("tonic-etcd"));
+        let metrics = Metrics::new(recorder)
+            .enable("grpc.client.call.retries")
+            .with_label("grpc.lb.locality");
+        let registry = Registry::builder(["127.0.0.1:2379"])
+            .metrics(metrics)
+            .connect()
+            .await?;
+        Ok(registry.channel("helloworld.Greeter").connect().await?)
+    }
+}
+
 mod errors {
     use std::error::Error;
 

@@ -31,9 +31,12 @@ use std::time::Duration;
 
 use greeter::HelloRequest;
 use measure::{Load, Table, compare};
+use opentelemetry::metrics::MeterProvider;
+use opentelemetry_sdk::metrics::{InMemoryMetricExporter, PeriodicReader, SdkMeterProvider};
 use peers::Peer;
 use server::ServerProcess;
 use tonic_etcd::{LbPolicy, RetryPolicy, channel::OutlierDetection};
+use tonic_etcd_opentelemetry::OpenTelemetry;
 
 fn main() {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -59,6 +62,9 @@ fn main() {
         }
         if wants("L1f") {
             deadlines_and_metadata().await;
+        }
+        if wants("L1m") {
+            metrics().await;
         }
         if wants("L1c") {
             streams().await;
@@ -164,6 +170,33 @@ async fn unary() {
         compare(
             &format!("L1: 4 endpoints, unary, {callers} callers"),
             &load,
+            &peers,
+            Table::Ratios,
+        )
+        .await;
+    }
+}
+
+/// L1m: the cost of metrics, with the SDK of OpenTelemetry.
+async fn metrics() {
+    let servers = ServerProcess::start_many(&[0; 4]);
+    let addresses = ServerProcess::addresses(&servers);
+    // The exporter reads the values at the end only, so that a round measures the calls and not an export.
+    let reader = PeriodicReader::builder(InMemoryMetricExporter::default());
+    let reader = reader.with_interval(Duration::from_secs(3_600)).build();
+    let provider = SdkMeterProvider::builder().with_reader(reader).build();
+    let recorder = OpenTelemetry::new(provider.meter("load"));
+    for callers in [1, 16, 256] {
+        let recorder = recorder.clone();
+        let peers = [
+            Peer::balanced("BalancedChannel", &addresses),
+            Peer::balanced_with("BalancedChannel, metrics on", &addresses, move |builder| {
+                builder.metrics(recorder.clone())
+            }),
+        ];
+        compare(
+            &format!("L1m: 4 endpoints, unary, metrics, {callers} callers"),
+            &Load::unary(callers, ping()),
             &peers,
             Table::Ratios,
         )

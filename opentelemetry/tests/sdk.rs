@@ -1,0 +1,127 @@
+//! The values that the SDK of OpenTelemetry exports.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a failed step is a failed test"
+)]
+
+use std::time::Duration;
+
+use opentelemetry::metrics::MeterProvider;
+use opentelemetry_sdk::metrics::data::{AggregatedMetrics, Metric, MetricData, ResourceMetrics};
+use opentelemetry_sdk::metrics::{InMemoryMetricExporter, PeriodicReader, SdkMeterProvider};
+use tonic::body::Body;
+use tonic::transport::Server;
+use tonic::transport::server::TcpIncoming;
+use tonic_balance::BalancedChannel;
+use tonic_balance::metrics::{Metrics, instruments};
+use tonic_etcd_opentelemetry::OpenTelemetry;
+use tower_service::Service;
+
+/// Starts a server without services. It answers every call with `UNIMPLEMENTED`.
+async fn server() -> String {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let routes = tonic::service::Routes::default();
+    let serving = Server::builder().add_routes(routes);
+    tokio::spawn(serving.serve_with_incoming(TcpIncoming::from(listener)));
+    address
+}
+
+async fn call(channel: &mut BalancedChannel) {
+    let mut request = http::Request::new(Body::empty());
+    *request.method_mut() = http::Method::POST;
+    *request.uri_mut() = "/helloworld.Greeter/SayHello".parse().unwrap();
+    let service = "helloworld.Greeter";
+    request
+        .extensions_mut()
+        .insert(tonic::GrpcMethod::new(service, "SayHello"));
+    let outcome = tokio::time::timeout(Duration::from_secs(20), channel.call(request)).await;
+    assert_eq!(
+        outcome.unwrap().unwrap_err().code(),
+        tonic::Code::Unimplemented
+    );
+}
+
+fn find<'a>(exported: &'a [ResourceMetrics], name: &str) -> Option<&'a Metric> {
+    let scopes = exported.last()?.scope_metrics();
+    scopes
+        .flat_map(|scope| scope.metrics())
+        .find(|metric| metric.name() == name)
+}
+
+fn labels<'a>(attributes: impl Iterator<Item = &'a opentelemetry::KeyValue>) -> Vec<String> {
+    let mut labels: Vec<_> = attributes
+        .map(|label| format!("{}={}", label.key, label.value))
+        .collect();
+    labels.sort();
+    labels
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_sdk_exports_counters_histograms_and_gauges_with_labels_and_buckets() {
+    let exporter = InMemoryMetricExporter::default();
+    let reader = PeriodicReader::builder(exporter.clone()).build();
+    let provider = SdkMeterProvider::builder().with_reader(reader).build();
+    let recorder = OpenTelemetry::new(provider.meter("tonic-etcd"));
+    let all = instruments().iter();
+    let metrics = all.fold(Metrics::new(recorder), |metrics, one| {
+        metrics.enable(one.name())
+    });
+    let mut channel = BalancedChannel::builder()
+        .service("greeter")
+        .metrics(metrics)
+        .addresses([server().await])
+        .connect()
+        .await
+        .unwrap();
+    for _ in 0..3 {
+        call(&mut channel).await;
+    }
+    provider.force_flush().unwrap();
+    let exported = exporter.get_finished_metrics().unwrap();
+
+    let started = find(&exported, "grpc.client.attempt.started").unwrap();
+    assert_eq!(started.unit(), "{attempt}");
+    let AggregatedMetrics::U64(MetricData::Sum(sum)) = started.data() else {
+        panic!("{started:?}");
+    };
+    let point = sum.data_points().next().unwrap();
+    assert_eq!(point.value(), 3);
+    let expected = [
+        "grpc.method=helloworld.Greeter/SayHello",
+        "grpc.target=greeter",
+    ];
+    assert_eq!(labels(point.attributes()), expected);
+
+    let duration = find(&exported, "grpc.client.call.duration").unwrap();
+    assert_eq!(duration.unit(), "s");
+    let AggregatedMetrics::F64(MetricData::Histogram(histogram)) = duration.data() else {
+        panic!("{duration:?}");
+    };
+    let point = histogram.data_points().next().unwrap();
+    assert_eq!(point.count(), 3);
+    assert_eq!(
+        point.bounds().count(),
+        41,
+        "the buckets are those of gRFC A66"
+    );
+    assert!(labels(point.attributes()).contains(&"grpc.status=UNIMPLEMENTED".to_owned()));
+
+    let open = find(&exported, "grpc.subchannel.open_connections").unwrap();
+    let AggregatedMetrics::I64(MetricData::Sum(sum)) = open.data() else {
+        panic!("{open:?}");
+    };
+    assert_eq!(sum.data_points().next().unwrap().value(), 1);
+
+    let endpoints = find(&exported, "tonic_etcd.lb.endpoints").unwrap();
+    let AggregatedMetrics::F64(MetricData::Gauge(gauge)) = endpoints.data() else {
+        panic!("{endpoints:?}");
+    };
+    let ready = ["grpc.target=greeter", "tonic_etcd.state=ready"];
+    let mut points = gauge.data_points();
+    let point = points.find(|point| labels(point.attributes()) == ready);
+    assert!((point.unwrap().value() - 1.0).abs() < f64::EPSILON);
+    drop(channel);
+    provider.shutdown().unwrap();
+}
