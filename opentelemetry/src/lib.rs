@@ -66,12 +66,30 @@ fn attributes(labels: &[Label<'_>]) -> Vec<KeyValue> {
 /// An instrument with its attributes, which are created once.
 struct Bound<T> {
     instrument: T,
+    #[cfg_attr(
+        feature = "bound-instruments",
+        allow(dead_code, reason = "only up-down counters need them")
+    )]
     attributes: Vec<KeyValue>,
 }
 
 impl Counter for Bound<metrics::Counter<u64>> {
     fn add(&self, count: u64) {
         self.instrument.add(count, &self.attributes);
+    }
+}
+
+#[cfg(feature = "bound-instruments")]
+impl Counter for Bound<metrics::BoundCounter<u64>> {
+    fn add(&self, count: u64) {
+        self.instrument.add(count);
+    }
+}
+
+#[cfg(feature = "bound-instruments")]
+impl Histogram for Bound<metrics::BoundHistogram<f64>> {
+    fn record(&self, value: f64) {
+        self.instrument.record(value);
     }
 }
 
@@ -98,9 +116,12 @@ impl Recorder for OpenTelemetry {
             let builder = builder.with_unit(instrument.unit());
             builder.with_description(instrument.description()).build()
         });
+        let attributes = attributes(labels);
+        #[cfg(feature = "bound-instruments")]
+        let counter = counter.bind(&attributes);
         Some(Box::new(Bound {
             instrument: counter,
-            attributes: attributes(labels),
+            attributes,
         }))
     }
 
@@ -131,9 +152,12 @@ impl Recorder for OpenTelemetry {
             let builder = builder.with_boundaries(instrument.boundaries().to_vec());
             builder.with_description(instrument.description()).build()
         });
+        let attributes = attributes(labels);
+        #[cfg(feature = "bound-instruments")]
+        let histogram = histogram.bind(&attributes);
         Some(Box::new(Bound {
             instrument: histogram,
-            attributes: attributes(labels),
+            attributes,
         }))
     }
 
@@ -141,19 +165,16 @@ impl Recorder for OpenTelemetry {
         let builder = self.0.meter.f64_observable_gauge(instrument.name());
         let builder = builder.with_unit(instrument.unit());
         let builder = builder.with_description(instrument.description());
+        let observe = move |observer: &dyn metrics::AsyncInstrument<f64>| {
+            for observation in observations.read() {
+                let labels = observation.labels.into_iter();
+                let attributes: Vec<_> = labels
+                    .map(|(name, value)| KeyValue::new(name, value))
+                    .collect();
+                observer.observe(observation.value, &attributes);
+            }
+        };
         // The SDK keeps the callback until the meter provider is dropped, so the returned handle is not needed.
-        drop(
-            builder
-                .with_callback(move |observer| {
-                    for observation in observations.read() {
-                        let labels = observation.labels.into_iter();
-                        let attributes: Vec<_> = labels
-                            .map(|(name, value)| KeyValue::new(name, value))
-                            .collect();
-                        observer.observe(observation.value, &attributes);
-                    }
-                })
-                .build(),
-        );
+        let _ = builder.with_callback(observe).build();
     }
 }
