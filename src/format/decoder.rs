@@ -79,7 +79,8 @@ impl Format {
     }
 
     /// Returns the format that a resolver without a format recognises in a value. [`decode`](Self::decode) of this format reads the value
-    /// as that resolver does.
+    /// as that resolver does, if the name in the value is that in the key: [`Kratos`](Self::Kratos) and [`GoMicro`](Self::GoMicro) ignore
+    /// other values.
     ///
     /// ```
     /// use tonic_etcd::Format;
