@@ -480,11 +480,12 @@ async fn gauges_show_endpoints_and_waiting_calls_while_the_channel_exists() {
     let waiting = || memory.gauge("tonic_etcd.lb.waiting_calls{grpc.target=greeter}");
     assert_eq!(waiting(), Some(0.0));
     let mut calls = JoinSet::new();
-    for _ in 0..3 {
+    // The channel dials further connections to a full endpoint, but not one for each call.
+    for _ in 0..20 {
         let channel = channel.clone();
         calls.spawn(async move { say(&channel).await });
     }
-    until("two calls wait", || waiting() == Some(2.0)).await;
+    until("calls wait", || waiting() > Some(0.0)).await;
     calls.shutdown().await;
     until("no call waits", || waiting() == Some(0.0)).await;
     drop(channel);
