@@ -408,7 +408,7 @@ fn the_page_describes_every_instrument() {
         let cells: Vec<_> = row.split('|').map(str::trim).collect();
         let kind = match instrument.kind() {
             Kind::Counter => "Counter",
-            Kind::UpDownCounter => "UpDownCounter",
+            Kind::UpDownCounter => "Up-down counter",
             Kind::Histogram => "Histogram",
             Kind::Gauge => "Gauge",
             kind => panic!("{kind:?}"),

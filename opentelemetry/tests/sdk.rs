@@ -8,7 +8,9 @@
 use std::time::Duration;
 
 use opentelemetry::metrics::MeterProvider;
-use opentelemetry_sdk::metrics::data::{AggregatedMetrics, Metric, MetricData, ResourceMetrics};
+use opentelemetry_sdk::metrics::data::{
+    AggregatedMetrics, Metric, MetricData, ResourceMetrics, ScopeMetrics,
+};
 use opentelemetry_sdk::metrics::{InMemoryMetricExporter, PeriodicReader, SdkMeterProvider};
 use tonic::body::Body;
 use tonic::transport::Server;
@@ -46,7 +48,7 @@ async fn call(channel: &mut BalancedChannel) {
 fn find<'a>(exported: &'a [ResourceMetrics], name: &str) -> Option<&'a Metric> {
     let scopes = exported.last()?.scope_metrics();
     scopes
-        .flat_map(|scope| scope.metrics())
+        .flat_map(ScopeMetrics::metrics)
         .find(|metric| metric.name() == name)
 }
 
@@ -79,9 +81,9 @@ async fn the_sdk_exports_counters_histograms_and_gauges_with_labels_and_buckets(
         call(&mut channel).await;
     }
     provider.force_flush().unwrap();
-    let exported = exporter.get_finished_metrics().unwrap();
+    let finished = exporter.get_finished_metrics().unwrap();
 
-    let started = find(&exported, "grpc.client.attempt.started").unwrap();
+    let started = find(&finished, "grpc.client.attempt.started").unwrap();
     assert_eq!(started.unit(), "{attempt}");
     let AggregatedMetrics::U64(MetricData::Sum(sum)) = started.data() else {
         panic!("{started:?}");
@@ -94,7 +96,7 @@ async fn the_sdk_exports_counters_histograms_and_gauges_with_labels_and_buckets(
     ];
     assert_eq!(labels(point.attributes()), expected);
 
-    let duration = find(&exported, "grpc.client.call.duration").unwrap();
+    let duration = find(&finished, "grpc.client.call.duration").unwrap();
     assert_eq!(duration.unit(), "s");
     let AggregatedMetrics::F64(MetricData::Histogram(histogram)) = duration.data() else {
         panic!("{duration:?}");
@@ -108,13 +110,13 @@ async fn the_sdk_exports_counters_histograms_and_gauges_with_labels_and_buckets(
     );
     assert!(labels(point.attributes()).contains(&"grpc.status=UNIMPLEMENTED".to_owned()));
 
-    let open = find(&exported, "grpc.subchannel.open_connections").unwrap();
+    let open = find(&finished, "grpc.subchannel.open_connections").unwrap();
     let AggregatedMetrics::I64(MetricData::Sum(sum)) = open.data() else {
         panic!("{open:?}");
     };
     assert_eq!(sum.data_points().next().unwrap().value(), 1);
 
-    let endpoints = find(&exported, "tonic_etcd.lb.endpoints").unwrap();
+    let endpoints = find(&finished, "tonic_etcd.lb.endpoints").unwrap();
     let AggregatedMetrics::F64(MetricData::Gauge(gauge)) = endpoints.data() else {
         panic!("{endpoints:?}");
     };

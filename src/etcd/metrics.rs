@@ -10,8 +10,10 @@ use crate::metrics::{ERROR, Histogram, Metrics, OPERATION, REQUEST_DURATION};
 /// The histograms of requests, keyed by operation and error. The lock is uncontended: a process sends few requests to etcd.
 pub(super) struct RequestMetrics {
     pub(super) metrics: Metrics,
-    handles: Mutex<HashMap<(&'static str, &'static str), Option<Arc<dyn Histogram>>>>,
+    handles: Mutex<Handles>,
 }
+
+type Handles = HashMap<(&'static str, &'static str), Option<Arc<dyn Histogram>>>;
 
 impl RequestMetrics {
     pub(super) fn new(metrics: Metrics) -> Self {
