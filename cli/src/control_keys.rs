@@ -118,7 +118,7 @@ mod tests {
             state: Some(State::Draining),
             ..Change::default()
         };
-        let applied = |before: Option<&[u8]>| -> serde_json::Value {
+        let applied = |before: Option<&[u8]>| -> Value {
             serde_json::from_str(&drain.apply(before)).expect("JSON")
         };
         assert_eq!(
