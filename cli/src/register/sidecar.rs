@@ -35,13 +35,22 @@ pub(crate) async fn run(
         Ok(Err(failure)) => return give_up(child, signals, failure, &arguments).await,
         Ok(Ok(())) => {}
     }
+    let mut states = registration.watch_state();
     let registered = tokio::select! {
         biased;
         interrupt = child.interrupted(&mut signals) => Err(interrupt?),
         registered = registration.register() => Ok(registered),
     };
     let registration = match registered {
-        Err(interrupt) => return stop(child, signals, None, interrupt, &arguments).await,
+        Err(interrupt) => {
+            // The key may be in etcd already. The dropped registration removes it in the background, which the end of this process would
+            // cut short. The task drops the sender when it ends.
+            let removed = async { while states.changed().await.is_ok() {} };
+            if timeout(options.timeout, removed).await.is_err() {
+                log("the key may remain in etcd until its lease expires");
+            }
+            return stop(child, signals, None, interrupt, &arguments).await;
+        }
         Ok(Err(error)) => return give_up(child, signals, error.into(), &arguments).await,
         Ok(Ok(registration)) => registration,
     };
