@@ -27,7 +27,7 @@ fn findings(outcome: &Outcome) -> Vec<(String, String)> {
             (text(&line["finding"]), text(&line["subject"]))
         })
         .collect();
-    let code = if found.is_empty() { 0 } else { 1 };
+    let code = i32::from(!found.is_empty());
     assert_eq!(outcome.code, Some(code), "{outcome:?}");
     found
 }
