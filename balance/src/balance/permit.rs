@@ -20,8 +20,9 @@ pub(crate) struct Permit {
     sent: Option<Instant>,
     /// Set if the connection is private.
     private: Option<Box<PrivateConnection>>,
-    /// The measurement of the attempt: from its send to its end, if metrics are enabled.
-    record: Option<AttemptRecord>,
+    /// The measurement of the attempt: from its send to its end, if metrics are enabled. It is boxed, so that a call without metrics moves no
+    /// larger permit.
+    record: Option<Box<AttemptRecord>>,
 }
 
 /// A private connection: it carries a single call, whose metadata may be larger than the endpoint accepts.
@@ -118,7 +119,7 @@ impl Permit {
 
     /// Sets the measurement of the attempt that was sent.
     pub(crate) fn record(&mut self, record: AttemptRecord) {
-        self.record = Some(record);
+        self.record = Some(Box::new(record));
     }
 
     /// Adds a data frame of the response to the measurement of the attempt.
@@ -131,11 +132,17 @@ impl Permit {
     /// Ends the measurement of the attempt. Later ends have no effect. A permit that is dropped before counts as a cancelled attempt.
     pub(crate) fn end_attempt(&mut self, code: Code) {
         if let Some(record) = self.record.take() {
-            let endpoint = self.connection.endpoint();
-            let zone = record.has_zones().then(|| endpoint.zone()).flatten();
-            let zone = zone.as_deref().map_or("", |zone| zone);
-            record.end(code, zone, Instant::now());
+            self.end_record(*record, code);
         }
+    }
+
+    // Not inlined, so that the drop of a permit without a measurement stays short.
+    #[inline(never)]
+    fn end_record(&self, record: AttemptRecord, code: Code) {
+        let endpoint = self.connection.endpoint();
+        let zone = record.has_zones().then(|| endpoint.zone()).flatten();
+        let zone = zone.as_deref().map_or("", |zone| zone);
+        record.end(code, zone, Instant::now());
     }
 
     /// Records that the peer has sent a gRPC status and therefore is a gRPC server.

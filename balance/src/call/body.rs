@@ -42,7 +42,7 @@ struct Stream {
     /// Whether a data frame was returned.
     has_begun: bool,
     /// The measurement of the call, if metrics are enabled.
-    record: Option<CallRecord>,
+    record: Option<Box<CallRecord>>,
 }
 
 impl ResponseBody {
@@ -77,7 +77,7 @@ impl ResponseBody {
     }
 
     /// Sets the measurement of the call. If the response has already ended, the call ends.
-    pub(super) fn set_record(&mut self, mut record: CallRecord) {
+    pub(super) fn set_record(&mut self, mut record: Box<CallRecord>) {
         match &mut self.stream {
             Some(stream) => stream.record = Some(record),
             None => record.end(Code::Ok),

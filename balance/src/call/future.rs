@@ -42,7 +42,7 @@ pin_project! {
         #[pin]
         timer: Option<Sleep>,
         // The measurement of the call, if metrics are enabled.
-        record: Option<CallRecord>,
+        record: Option<Box<CallRecord>>,
     }
 }
 
@@ -77,7 +77,7 @@ impl ResponseFuture {
         });
         let record = metrics
             .as_ref()
-            .map(|method| CallRecord::start(Arc::clone(method), Instant::now()));
+            .map(|method| Box::new(CallRecord::start(Arc::clone(method), Instant::now())));
         let wait = head.extensions.get::<WaitForReady>();
         let wait_for_ready = wait.map_or(core.wait_for_ready, |wait| wait.0);
         let call = Call {
@@ -108,7 +108,7 @@ impl ResponseFuture {
         if let (State::New(body), Some(core), Some(mut call)) =
             (state, this.core.take(), this.call.take())
         {
-            call.count_sends(this.record.as_mut(), false, false);
+            call.count_sends(this.record.as_deref_mut(), false, false);
             let history = History::with_routing(routing, core.shared().given_up());
             let deadline = this.deadline;
             let shared = Arc::clone(&core);
@@ -173,7 +173,7 @@ impl Future for ResponseFuture {
 }
 
 /// Passes the measurement of the call to the body of the response, or ends it if the call has failed.
-fn pass_on(mut record: CallRecord, outcome: &mut Result<Response<ResponseBody>, Status>) {
+fn pass_on(mut record: Box<CallRecord>, outcome: &mut Result<Response<ResponseBody>, Status>) {
     match outcome {
         Ok(response) => response.body_mut().set_record(record),
         Err(status) => record.end(status.code()),
@@ -185,7 +185,7 @@ impl State {
         &mut self,
         core: &mut Option<Arc<Core>>,
         call: &mut Option<Call>,
-        record: &mut Option<CallRecord>,
+        record: &mut Option<Box<CallRecord>>,
         deadline: Option<Deadline>,
         cx: &mut Context<'_>,
     ) -> Poll<Result<Response<ResponseBody>, Status>> {
@@ -218,7 +218,7 @@ impl State {
                         }
                         outcome => {
                             let shared = Arc::clone(&core);
-                            call.count_sends(record.as_mut(), false, true);
+                            call.count_sends(record.as_deref_mut(), false, true);
                             let retry =
                                 retry_loop::after_first(core, call, attempt, outcome, deadline);
                             Self::Retry(shared, retry)
@@ -236,7 +236,7 @@ impl State {
     fn send(
         core: &mut Option<Arc<Core>>,
         call: &mut Option<Call>,
-        record: &mut Option<CallRecord>,
+        record: &mut Option<Box<CallRecord>>,
         deadline: Option<Deadline>,
         body: Outgoing,
     ) -> Result<Self, Status> {
@@ -261,7 +261,7 @@ impl State {
             let (Some(channel), Some(mut request)) = (core.take(), call.take()) else {
                 return Ok(Self::Done);
             };
-            request.count_sends(record.as_mut(), true, false);
+            request.count_sends(record.as_deref_mut(), true, false);
             let (shared, kept) = (Arc::clone(&channel), KeptBody::of(&body));
             let hedged = hedge(shared, request, kept, policy, deadline);
             return Ok(Self::Retry(channel, hedged));
@@ -283,7 +283,7 @@ impl State {
         let (Some(channel), Some(mut request)) = (core.take(), call.take()) else {
             return Ok(Self::Done);
         };
-        request.count_sends(record.as_mut(), false, false);
+        request.count_sends(record.as_deref_mut(), false, false);
         let retrying = retry_loop::run(
             Arc::clone(&channel),
             request,
