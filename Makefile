@@ -10,14 +10,14 @@ TEST_THREADS ?= 6
 WAITING := auth faults health_check mass_removal network registration resolver
 # All others, except those that need what `make interop` installs, and the list of the public interface, which `make lint` compares.
 FILES := $(patsubst tests/%.rs,%,$(wildcard tests/*.rs)) $(patsubst tests/%/main.rs,%,$(wildcard tests/*/main.rs))
-REST := $(filter-out $(WAITING) api peers,$(FILES))
+REST := $(filter-out $(WAITING) api operate peers,$(FILES))
 # As in Cargo.toml.
 MSRV := 1.88.0
 # Each set of features is built and documented by itself.
 FEATURE_SETS := none tls health testing tls,health tls,testing health,testing
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo lint features api minimal-versions msrv test test-newest interop soak bench bench-peers instructions fleet pictures fmt clean
+.PHONY: help setup demo lint features api minimal-versions msrv test test-newest interop operate soak bench bench-peers instructions fleet pictures fmt clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,7 +34,7 @@ demo: setup ## Run a load-balanced cluster on this machine
 lint: setup features api ## Check formatting, lints, docs, each set of features, dependencies and the public interface
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --locked --workspace --all-targets --all-features -- -D warnings
-	$(CARGO) clippy --locked --test peers --all-features -- -D warnings
+	$(CARGO) clippy --locked --test peers --test operate --all-features -- -D warnings
 	$(CARGO) clippy --locked --bench fleet --all-features -- -D warnings
 	$(CARGO) clippy --locked --bench peers --all-features -- -D warnings
 	$(CARGO) clippy --locked --workspace --lib --no-default-features -- -D warnings
@@ -95,6 +95,12 @@ test-newest: ## Run the tests that depend on etcd with the newest one, which Go 
 interop: setup ## Run the tests with real servers and proxies: grpc-go, grpc-java, grpcio, grpc-js, nginx, haproxy, Caddy
 	scripts/setup-interop
 	RUST_TEST_THREADS=2 $(CARGO) test --locked --all-features --test peers
+
+operate: setup ## Run the example of the cluster with a real Prometheus, the queries of the dashboard and the alerts
+	@scripts/setup-operate
+	$(CARGO) build --locked --all-features --example greeter_cluster
+	$(CARGO) test --locked --all-features --test operate
+	$(CARGO) test --locked -p tonic-etcd-cli --test command
 
 # One after the other: they measure time, and some of them load the whole machine. About an hour. The scripted etcd plays its
 # histories optimized, hundreds in a second. With the newest etcd where Go is.

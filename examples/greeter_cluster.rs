@@ -4,7 +4,10 @@
 //!
 //! ```sh
 //! cargo run --example greeter_cluster
+//! cargo run --example greeter_cluster -- --metrics 127.0.0.1:9464
 //! ```
+//!
+//! With `--metrics`, the client serves its metrics over HTTP, in the text format of Prometheus.
 //!
 //! The program ends after about twenty seconds. It fails if the client does not call the new
 //! server, or if the client calls the server that has shut down. It also fails if a call fails,
@@ -13,9 +16,16 @@
 #![allow(clippy::print_stdout, reason = "the example prints its results")]
 
 mod greeter;
+#[path = "greeter/prometheus.rs"]
+#[allow(
+    unreachable_pub,
+    reason = "the file is shared with the example of another package"
+)]
+mod prometheus;
 
 use std::collections::BTreeMap;
 use std::io::{IsTerminal, Read, Write};
+use std::net::SocketAddr;
 use std::process::Stdio;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -23,8 +33,13 @@ use std::time::Duration;
 use greeter::{
     HelloRequest, NamedGreeter, greeter_client::GreeterClient, greeter_server::GreeterServer,
 };
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper_util::rt::TokioIo;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use prometheus::Prometheus;
+use tokio::net::TcpListener;
 use tokio::process::{Child, ChildStdin, Command};
 use tokio::time::{Instant, sleep, timeout};
 use tonic::transport::Server;
@@ -44,12 +59,17 @@ async fn main() -> Result<(), Error> {
     {
         return serve_greeter(name, endpoints).await;
     }
+    let metrics = match &args[..] {
+        [] => None,
+        [option, address] if option == "--metrics" => Some(address.parse()?),
+        _ => return Err("usage: greeter_cluster [--metrics ADDRESS]".into()),
+    };
     // The demonstration takes about twenty seconds. If it takes more than a minute, the program
     // fails.
-    timeout(Duration::from_secs(60), show()).await?
+    timeout(Duration::from_secs(60), show(metrics)).await?
 }
 
-async fn show() -> Result<(), Error> {
+async fn show(metrics: Option<SocketAddr>) -> Result<(), Error> {
     let given = std::env::var("ETCD_ENDPOINTS").ok();
     let own = if given.is_none() {
         Some(Etcd::start().await?)
@@ -64,10 +84,15 @@ async fn show() -> Result<(), Error> {
         own.as_ref().map_or_else(String::new, Etcd::version)
     );
 
-    let registry = Registry::builder(endpoints.split(','))
-        .prefix("/greeter-cluster/")
-        .connect()
-        .await?;
+    let mut registry = Registry::builder(endpoints.split(',')).prefix("/greeter-cluster/");
+    if let Some(address) = metrics {
+        let recorder = Prometheus::default();
+        let listener = TcpListener::bind(address).await?;
+        println!("metrics at http://{}/metrics", listener.local_addr()?);
+        tokio::spawn(serve_metrics(listener, recorder.clone()));
+        registry = registry.metrics(recorder);
+    }
+    let registry = registry.connect().await?;
     let resolver = registry.resolver(SERVICE).start();
     let tally = Arc::new(Mutex::new(Tally::default()));
     let mut servers = BTreeMap::new();
@@ -367,3 +392,26 @@ async fn serve_greeter(name: &str, endpoints: &str) -> Result<(), Error> {
         .await?;
     Ok(())
 }
+
+/// Serves the metrics over HTTP/1.
+async fn serve_metrics(listener: TcpListener, recorder: Prometheus) {
+    while let Ok((stream, _)) = listener.accept().await {
+        let recorder = recorder.clone();
+        let answer = service_fn(move |_| {
+            let text = recorder.text();
+            async move {
+                let text = text.map_err(std::io::Error::other)?;
+                let answer = http::Response::builder().header("content-type", CONTENT_TYPE);
+                answer.body(text).map_err(std::io::Error::other)
+            }
+        });
+        let serving = http1::Builder::new().serve_connection(TokioIo::new(stream), answer);
+        tokio::spawn(async move {
+            if let Err(error) = serving.await {
+                println!("a scrape failed: {error}");
+            }
+        });
+    }
+}
+
+const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
