@@ -94,6 +94,7 @@ test-newest: ## Run the tests that depend on etcd with the newest one, which Go 
 # Installs and builds them once, which takes minutes. Two tests at once: most of them wait for the other side.
 interop: setup ## Run the tests with real servers and proxies: grpc-go, grpc-java, grpcio, grpc-js, nginx, haproxy, Caddy
 	scripts/setup-interop
+	$(CARGO) build --locked -p tonic-etcd-cli
 	RUST_TEST_THREADS=2 $(CARGO) test --locked --all-features --test peers
 
 operate: setup ## Run the example of the cluster with a real Prometheus, the queries of the dashboard and the alerts

@@ -61,6 +61,7 @@ mod raw;
 mod server;
 mod servers;
 mod service;
+mod sidecar;
 #[path = "../support/mod.rs"]
 mod support;
 mod tap;

@@ -30,6 +30,11 @@ impl Kind {
         }
     }
 
+    /// Returns the program of a server that runs as a process of its own. Returns `None` if it is not installed, or for tonic.
+    pub fn server_command(self) -> Option<PathBuf> {
+        Self::launcher(self.part()?)
+    }
+
     fn launcher(part: &str) -> Option<PathBuf> {
         launcher(part, &format!("{part}-server"))
     }
