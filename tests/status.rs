@@ -58,7 +58,7 @@ async fn the_status_of_a_channel_shows_registry_endpoints_and_rejected_keys() {
         "{text}"
     );
 
-    // While etcd is down, the status says since when, and why.
+    // While etcd is down, the status shows the state and the reason.
     server.stopped().await.unwrap();
     assert_eq!(registered.borrow().to_string(), "deregistered");
     drop(world.etcd);

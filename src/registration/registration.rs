@@ -191,7 +191,7 @@ impl Registration {
 
     /// Pauses the registration before its first put. Does not wait for the result.
     pub(super) fn start_paused(&self) {
-        // The inbox is empty, and its receiver exists as long as the task. Nobody waits for the answer.
+        // The inbox is empty, and its receiver exists as long as the task. The answer is not needed.
         let (answer, _) = oneshot::channel();
         let _ = self.requests.try_send(Request::Pause(answer));
     }

@@ -1,7 +1,7 @@
 //! Finds the streams whose HEADERS the socket has taken. If a connection ends, its other calls have certainly not reached the peer.
 //!
-//! h2 does not expose this: after the end of a connection, all open streams have the same error. But h2 writes the HEADERS of streams in the
-//! order of their ids, so one number is sufficient: the last id in the bytes that the socket has taken.
+//! h2 does not expose this: after the end of a connection, all open streams have the same error. But h2 writes the HEADERS of streams in
+//! the order of their ids, so one number is sufficient: the last id in the bytes that the socket has taken.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -16,8 +16,8 @@ impl LastSent {
     /// Returns whether the socket has taken the HEADERS of a stream, or their first bytes. If not, the peer has certainly not processed the
     /// stream.
     pub(super) fn includes(&self, stream: StreamId) -> bool {
-        // Relaxed: a call asks after the end of its connection. The connection's task has passed that end on through h2's lock, after its
-        // last write.
+        // Relaxed: a call reads the value after the end of its connection. The connection's task has passed that end on through h2's lock,
+        // after its last write.
         stream.as_u32() <= self.0.load(Ordering::Relaxed)
     }
 }

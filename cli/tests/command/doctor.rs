@@ -129,7 +129,7 @@ async fn a_healthy_cluster_has_no_finding_and_each_seeded_fault_is_found() {
     finds(&etcd, &with_ca, "tls-mismatch", &alive.to_string()).await;
     delete(&client, &key).await;
 
-    // 9. A lease that nobody renews.
+    // 9. A lease that is not renewed.
     let lease = client.lease_client().grant(8, None).await.unwrap().id();
     let expiring = format!("/gRPC/{SERVICE}/expiring");
     let options = PutOptions::new().with_lease(lease);
