@@ -253,10 +253,12 @@ impl Progress {
                 waiting("the server is still in service")
             }
             // A paused server keeps its calls.
-            Some(State::Draining) => match status.connections {
-                Some(calls @ 1..) => Self::Waiting(format!("open connections: {calls}")),
-                _ => Self::Done,
-            },
+            Some(State::Draining) if status.state == Some(State::Draining) => {
+                match status.connections {
+                    Some(open @ 1..) => Self::Waiting(format!("open connections: {open}")),
+                    _ => waiting("the server has not removed its key yet"),
+                }
+            }
             _ => Self::Done,
         }
     }
@@ -360,8 +362,8 @@ mod tests {
             Progress::Waiting("open connections: 2".to_owned())
         );
         for done in [
-            r#"{"state":"draining","applied":7,"connections":0}"#,
-            r#"{"state":"draining","applied":8}"#,
+            r#"{"state":"paused","applied":7,"connections":0}"#,
+            r#"{"state":"paused","applied":8}"#,
         ] {
             assert_eq!(of(done), Progress::Done, "{done}");
         }

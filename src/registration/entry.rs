@@ -17,6 +17,8 @@ pub(super) struct Entry {
     pub(super) instance: Instance,
     pub(super) format: Format,
     pub(super) ttl: Ttl,
+    /// Whether this is the status of a controlled server, and not the entry of a server.
+    pub(super) is_status: bool,
     /// The checked value of each key. The values can differ, because some formats repeat the key in the value.
     values: Vec<Vec<u8>>,
 }
@@ -37,6 +39,7 @@ impl Entry {
             instance: Instance::from(advertisement),
             format,
             ttl,
+            is_status: false,
             values: Vec::new(),
         };
         let entry = entry.encoded()?;
@@ -53,6 +56,7 @@ impl Entry {
             // This format has no leave marker.
             format: Format::Plain,
             ttl: Ttl::Fixed(ttl),
+            is_status: true,
             values: vec![value.to_vec(); keys.len()],
         }
     }

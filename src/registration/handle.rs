@@ -91,7 +91,7 @@ impl RegistrationHandle {
     }
 
     /// Returns a `Registration` for one request. Dropping it does not deregister the server while the server has its own `Registration`.
-    async fn registration(&self) -> Result<Registration, RegisterError> {
+    pub(super) async fn registration(&self) -> Result<Registration, RegisterError> {
         let started = self.started().await;
         let Started { parts, requests } = started.ok_or(RegisterError::Ended { key: None })?;
         let Some(requests) = requests.upgrade() else {

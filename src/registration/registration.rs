@@ -11,7 +11,7 @@ use tracing::Instrument;
 
 use super::entry::{Entry, check_weight};
 use super::status::RegistrationState;
-use super::task::{Answer, Failure, Request, Task};
+use super::task::{Answer, Failure, PausedBy, Request, Task};
 use crate::error::RegisterError;
 use crate::etcd::Etcd;
 
@@ -186,14 +186,16 @@ impl Registration {
     ///
     /// After the request is sent, it is carried out even if the future is dropped.
     pub async fn pause(&self) -> Result<(), RegisterError> {
-        self.request(Request::Pause).await
+        self.pause_by(PausedBy::Program).await
     }
 
     /// Pauses the registration before its first put. Does not wait for the result.
     pub(super) fn start_paused(&self) {
         // The inbox is empty, and its receiver exists as long as the task. The answer is not needed.
         let (answer, _) = oneshot::channel();
-        let _ = self.requests.try_send(Request::Pause(answer));
+        let _ = self
+            .requests
+            .try_send(Request::Pause(PausedBy::Operator, answer));
     }
 
     /// Restores the entry after a [`pause`](Self::pause). Returns once the entry is in etcd, or at once if it is already there.
@@ -207,7 +209,7 @@ impl Registration {
     ///
     /// After the request is sent, it is carried out even if the future is dropped.
     pub async fn resume(&self) -> Result<(), RegisterError> {
-        self.request(Request::Resume).await
+        self.resume_by(PausedBy::Program).await
     }
 
     /// Changes the weight to a value from 1 to 1 000 000. The registration continues, so clients keep their connections. A paused
@@ -235,10 +237,19 @@ impl Registration {
         };
         check_weight(weight).map_err(invalid)?;
         let entry = self.parts.entry.weighted(weight);
-        let entry = entry.map_err(|error| {
+        entry.map_err(|error| {
             invalid(format!("the format {:?} {error}", self.parts.entry.format))
         })?;
-        self.set_entry(entry).await
+        self.request(|answer| Request::SetWeight(weight, answer))
+            .await
+    }
+
+    pub(super) async fn pause_by(&self, by: PausedBy) -> Result<(), RegisterError> {
+        self.request(|answer| Request::Pause(by, answer)).await
+    }
+
+    pub(super) async fn resume_by(&self, by: PausedBy) -> Result<(), RegisterError> {
+        self.request(|answer| Request::Resume(by, answer)).await
     }
 
     /// Replaces the values of the keys. The keys stay the same.

@@ -20,12 +20,20 @@ use crate::keyspace::{Event, GuardedPut, Key, KeyValue, LeaseId};
 /// A request of the owner of the registration. The task responds once the requested change is complete.
 #[derive(Debug)]
 pub(super) enum Request {
-    Pause(Answer),
-    Resume(Answer),
+    Pause(PausedBy, Answer),
+    Resume(PausedBy, Answer),
+    SetWeight(u32, Answer),
     SetEntry(Entry, Answer),
     /// Removes the key with this index.
     Remove(usize, Answer),
     Deregister(Answer),
+}
+
+/// Who has paused the registration. It is registered again only when neither pauses it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum PausedBy {
+    Program,
+    Operator,
 }
 
 pub(super) type Answer = oneshot::Sender<Result<(), Failure>>;
@@ -48,6 +56,7 @@ pub(super) struct Task {
     /// The instruments, if metrics are enabled.
     metrics: Option<Arc<RegistrationMetrics>>,
     waiting: Vec<(Goal, Answer)>,
+    paused_by: Vec<PausedBy>,
     key_watch: KeyWatch,
     /// The largest number of servers of the service that was counted. After a loss of all data, the servers of a large service register
     /// again together. The first of them find few others.
@@ -93,7 +102,8 @@ impl Task {
         budget: Duration,
     ) -> Self {
         let has_leave_marker = entry.has_leave_marker();
-        let metrics = etcd.metrics();
+        // A status has no metrics: they would be those of a server without a name.
+        let metrics = etcd.metrics().filter(|_| !entry.is_status);
         let metrics = metrics.map(|metrics| {
             RegistrationMetrics::start(metrics, &entry.services, states.subscribe())
         });
@@ -112,6 +122,7 @@ impl Task {
             states,
             metrics,
             waiting: Vec::new(),
+            paused_by: Vec::new(),
             key_watch: KeyWatch::new(),
             servers: 0,
             published: None,
@@ -191,7 +202,7 @@ impl Task {
                     // The number of deferred requests is limited. Otherwise, a caller that sends requests in a tight loop could delay two
                     // things: the response to the etcd request, and the timeout after which another member is tried.
                     request = self.inbox.recv(), if interruptible && deferred.len() < DEFERRED_MAX => match request {
-                        Some(request @ (Request::SetEntry(..) | Request::Resume(_))) => deferred.push(request),
+                        Some(request @ (Request::SetEntry(..) | Request::SetWeight(..) | Request::Resume(..))) => deferred.push(request),
                         urgent => break Some(urgent),
                     },
                 }
@@ -211,12 +222,26 @@ impl Task {
 
     fn on_request(&mut self, request: Option<Request>) {
         match request {
-            Some(Request::Pause(answer)) => {
+            Some(Request::Pause(by, answer)) => {
+                if !self.paused_by.contains(&by) {
+                    self.paused_by.push(by);
+                }
                 self.machine.on_pause();
                 self.waiting.push((Goal::Paused, answer));
             }
-            Some(Request::Resume(answer)) => {
-                self.machine.on_resume();
+            Some(Request::Resume(by, answer)) => {
+                self.paused_by.retain(|other| *other != by);
+                if self.paused_by.is_empty() {
+                    self.machine.on_resume();
+                }
+                self.waiting.push((Goal::Written, answer));
+            }
+            Some(Request::SetWeight(weight, answer)) => {
+                // The caller has checked that the format can represent the weight.
+                if let Ok(entry) = self.entry.weighted(weight) {
+                    self.entry = entry;
+                    self.machine.on_new_value();
+                }
                 self.waiting.push((Goal::Written, answer));
             }
             Some(Request::SetEntry(entry, answer)) => {
@@ -257,10 +282,11 @@ impl Task {
                     };
                     match &event {
                         Event::Put(kv) if self.entry.is_by_hand(index, kv) => {
-                            if self.machine.is_claimed(index) {
+                            if self.machine.on_put_by_hand(index, kv) {
                                 self.entry.adopt(index, kv);
+                                // The edit applies to all services of the registration.
+                                self.machine.on_new_value();
                             }
-                            self.machine.on_put_by_hand(index, kv);
                         }
                         event => self.machine.on_event(index, event, now),
                     }
@@ -405,18 +431,19 @@ async fn execute(
         Command::Read { deadline } => {
             let live: Vec<_> = machine.live().collect();
             let answer = etcd.read_each(&entry.keys(&live), deadline).await;
-            let found = answer.map(|(header, found)| {
+            let found = answer.map(|(header, kvs)| {
                 machine.on_term(header.raft_term);
-                entry.found(&live, found)
-            });
-            for found in found.iter().flatten() {
-                if let Some(kv) = &found.kv
-                    && found.by_hand
-                    && machine.is_claimed(found.index)
-                {
-                    entry.adopt(found.index, kv);
+                for (index, kv) in live.iter().zip(&kvs) {
+                    if let Some(kv) = kv
+                        && entry.is_by_hand(*index, kv)
+                        && machine.is_claimed(*index)
+                    {
+                        entry.adopt(*index, kv);
+                        machine.on_new_value();
+                    }
                 }
-            }
+                entry.found(&live, kvs)
+            });
             machine.on_read(found, Instant::now());
         }
         Command::Put {

@@ -13,6 +13,7 @@ use std::path::PathBuf;
 use std::process::Stdio;
 use std::time::Duration;
 
+use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use serde_json::Value;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -93,10 +94,7 @@ impl Prometheus {
 
     /// Returns the samples of a query at a time, in seconds since 1970.
     async fn query(&self, expression: &str, time: f64) -> Vec<Value> {
-        let encoded: String = expression
-            .bytes()
-            .map(|byte| format!("%{byte:02x}"))
-            .collect();
+        let encoded = utf8_percent_encode(expression, NON_ALPHANUMERIC);
         let path = format!("/api/v1/query?query={encoded}&time={time}");
         let answer: Value = serde_json::from_str(&get(self.port, &path).await.unwrap()).unwrap();
         assert_eq!(answer["status"], "success", "{expression}: {answer}");

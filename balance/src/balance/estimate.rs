@@ -77,7 +77,8 @@ impl Estimate {
         };
         let is_doubtful = reference.median > 0.0 && far == 1 && weight > DOMINANT;
         let sample = if is_doubtful {
-            reference.median * DOUBT
+            // A clipped sample must not lower the mean: the call was slower than the mean.
+            sample.min((reference.median * DOUBT).max(self.mean))
         } else {
             sample
         };
@@ -330,6 +331,17 @@ mod tests {
             estimate = estimate.with(3.0 * MEDIAN, Ticks(call * 10), SPARSE);
             assert!(near(estimate.effective(SPARSE), MEDIAN));
         }
+    }
+
+    #[test]
+    fn a_clipped_sample_does_not_lower_the_mean() {
+        let slow = Estimate {
+            mean: 18.0 * MEDIAN,
+            samples: WARM,
+            ..Estimate::default()
+        };
+        let after = slow.with(5_000.0 * MEDIAN, Ticks(4_000), SPARSE);
+        assert!(after.mean() >= slow.mean(), "{after:?}");
     }
 
     #[test]

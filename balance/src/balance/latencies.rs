@@ -85,7 +85,8 @@ impl SampleInterval {
     fn record(&mut self, sampled: f32, connections: f32, elapsed: f32) {
         let left = (-elapsed / WINDOW).exp();
         self.samples = self.samples * left + sampled;
-        self.time = self.time * left + connections * elapsed;
+        // The time of the interval decays within it as well, so that a long pause of the driver does not count in full.
+        self.time = self.time * left + connections * WINDOW * (1.0 - left);
     }
 
     /// Returns the time constant of the estimates, in seconds.

@@ -199,9 +199,11 @@ pub(super) async fn recover(
             status::deadline_exceeded_at(core, late, "waiting for the response", permit.endpoint());
         return Err(Failed::at(&permit, status, None));
     }
-    // A call that is still in the queue of a lost connection was never sent. A private connection is made for one call, which it must not
-    // cost more than once.
-    let is_unsent = is_connection_lost(&error)
+    // A call that is still in the queue of a connection whose socket has ended was never sent, and never will be. After other errors, for
+    // example a protocol error, h2 may still write what it has. A private connection is made for one call, which it must not cost more
+    // than once.
+    let is_unsent = error.is_io()
+        && is_connection_lost(&error)
         && !permit.is_private()
         && !permit.http2().has_sent(exchange.stream_id());
     let body = match kept.body() {

@@ -62,12 +62,15 @@ impl MethodMetrics {
     /// Calls `record` with the handles for attempts with this status and zone.
     pub(super) fn on_attempt(&self, code: Code, zone: &str, record: impl FnOnce(&EndedAttempts)) {
         let of_zone;
-        let by_status = if zone.is_empty() {
-            &self.attempts
+        let (by_status, zone) = if zone.is_empty() {
+            (&self.attempts, "")
         } else {
             let create = || std::array::from_fn(|_| OnceLock::new());
             of_zone = self.attempts_by_zone.get(zone, create);
-            of_zone.as_deref().unwrap_or(&self.attempts)
+            match of_zone.as_deref() {
+                Some(by_status) => (by_status, zone),
+                None => (&self.attempts, ""),
+            }
         };
         if let Some(handles) = by_status.get(code as usize) {
             record(handles.get_or_init(|| self.bind_attempts(code, zone)));

@@ -16,8 +16,8 @@ impl LastSent {
     /// Returns whether the socket has taken the HEADERS of a stream, or their first bytes. If not, the peer has certainly not processed the
     /// stream.
     pub(super) fn includes(&self, stream: StreamId) -> bool {
-        // Relaxed: a call reads the value after the end of its connection. The connection's task has passed that end on through h2's lock,
-        // after its last write.
+        // Relaxed: a call reads the value after the end of its socket. The connection's task has passed that end on through h2's lock, and
+        // no byte is written after it.
         stream.as_u32() <= self.0.load(Ordering::Relaxed)
     }
 }

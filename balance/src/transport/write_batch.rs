@@ -31,6 +31,9 @@ struct Socket<T> {
     /// Whether the socket must be flushed.
     needs_flush: bool,
     sent: SentStreams,
+    /// Whether a read or a write has shown that the connection has ended. No further byte is then written, although h2 still flushes what it
+    /// has: a call whose request was not written is sent to another server, and must not reach this one as well.
+    has_ended: bool,
     /// The error of a write at the end of a poll, which h2 receives with its next call.
     error: Option<io::Error>,
 }
@@ -45,6 +48,7 @@ impl<T> Batched<T> {
             collected: 0,
             needs_flush: false,
             sent: SentStreams::new(),
+            has_ended: false,
             error: None,
         })))
     }
@@ -71,6 +75,7 @@ impl<T: AsyncWrite + Unpin> Batched<T> {
     pub(super) fn poll_end(&self, cx: &mut Context<'_>) {
         let mut socket = self.lock();
         if let Poll::Ready(Err(error)) = socket.poll_flush(cx) {
+            socket.end();
             socket.error = Some(error);
             cx.waker().wake_by_ref();
         }
@@ -80,6 +85,13 @@ impl<T: AsyncWrite + Unpin> Batched<T> {
 impl<T> Socket<T> {
     fn pending(&self) -> &[u8] {
         &self.buffer[self.written..]
+    }
+
+    /// Discards what is not written yet, and all later writes.
+    fn end(&mut self) {
+        self.has_ended = true;
+        self.buffer = Vec::new();
+        self.written = 0;
     }
 
     /// Records that the socket has taken bytes of the buffer.
@@ -100,7 +112,7 @@ impl<T> Socket<T> {
 
 impl<T: AsyncWrite + Unpin> Socket<T> {
     fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        if !self.needs_flush {
+        if !self.needs_flush || self.has_ended {
             return Poll::Ready(Ok(()));
         }
         while !self.pending().is_empty() {
@@ -129,8 +141,24 @@ impl<T: AsyncWrite + Unpin> Socket<T> {
         if let Some(error) = self.error.take() {
             return Poll::Ready(Err(error));
         }
-        self.needs_flush = true;
         let total: usize = parts.iter().map(|part| part.len()).sum();
+        if self.has_ended {
+            return Poll::Ready(Ok(total));
+        }
+        let outcome = self.poll_collect_or_write(cx, parts, total);
+        if let Poll::Ready(Err(_)) = outcome {
+            self.end();
+        }
+        outcome
+    }
+
+    fn poll_collect_or_write(
+        &mut self,
+        cx: &mut Context<'_>,
+        parts: &[IoSlice<'_>],
+        total: usize,
+    ) -> Poll<io::Result<usize>> {
+        self.needs_flush = true;
         let is_small = self.is_batching && total <= LARGE;
         loop {
             if is_small && self.pending().len() + total <= LIMIT {
@@ -217,7 +245,17 @@ impl<T: AsyncRead + Unpin> AsyncRead for Batched<T> {
         if let Some(error) = socket.error.take() {
             return Poll::Ready(Err(error));
         }
-        Pin::new(&mut socket.io).poll_read(cx, buf)
+        let (filled, has_room) = (buf.filled().len(), buf.remaining() > 0);
+        let outcome = Pin::new(&mut socket.io).poll_read(cx, buf);
+        let is_end = match &outcome {
+            Poll::Ready(Ok(())) => has_room && buf.filled().len() == filled,
+            Poll::Ready(Err(_)) => true,
+            Poll::Pending => false,
+        };
+        if is_end {
+            socket.end();
+        }
+        outcome
     }
 }
 
@@ -274,6 +312,29 @@ mod tests {
     use std::task::Waker;
 
     use super::*;
+
+    /// The call whose request is in the buffer is then sent to another server.
+    #[tokio::test]
+    async fn after_the_end_of_the_socket_no_collected_byte_is_written() {
+        use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+        let (near, mut far) = tokio::io::duplex(1 << 16);
+        let mut socket = Batched::new(near);
+        socket.start();
+        socket.write_all(&[1; 300]).await.expect("is collected");
+        far.shutdown().await.expect("the peer half-closes");
+        assert_eq!(socket.read(&mut [0; 10]).await.expect("the end"), 0);
+        socket.write_all(&[2; 300]).await.expect("is discarded");
+        std::future::poll_fn(|cx| {
+            socket.poll_end(cx);
+            Poll::Ready(())
+        })
+        .await;
+        drop(socket);
+        let mut received = Vec::new();
+        far.read_to_end(&mut received).await.expect("the end");
+        assert_eq!(received, [0; 0]);
+    }
 
     /// A socket that takes a random number of bytes, or none.
     #[derive(Debug)]

@@ -50,15 +50,15 @@ async fn a_server_is_drained_and_resumed() {
     write_status(&client, "alpha", status("draining", revision, 2)).await;
     line_with(&mut output, "open connections: 2").await;
     delete(&client, &key).await;
-    write_status(&client, "alpha", status("draining", revision, 0)).await;
-    line_with(&mut output, "done (draining)").await;
+    write_status(&client, "alpha", status("paused", revision, 0)).await;
+    line_with(&mut output, "done (paused)").await;
     assert_eq!(code(&mut drain).await, Some(0));
 
     // The server has no instance key now. It is still listed, and found by its id.
     let listed = run(&etcd, &["ls", SERVICE]).await;
     assert_eq!(listed.code, Some(0), "{listed:?}");
     assert!(
-        listed.stdout.contains("draining (0 connections)"),
+        listed.stdout.contains("paused (0 connections)"),
         "{listed:?}"
     );
     let mut resume = command(&etcd, &["resume", SERVICE, "alpha"])

@@ -12,6 +12,7 @@ use super::instruction::{Demand, Instructions};
 use super::keys::ControlKeys;
 use super::status::{ReportedState, Status};
 use crate::backoff::jittered;
+use crate::error::RegisterError;
 use crate::etcd::{DEADLINE, Etcd};
 use crate::keyspace::KeyValue;
 use crate::registration::entry::Entry;
@@ -19,6 +20,7 @@ use crate::registration::handle::RegistrationHandle;
 use crate::registration::key_watch::{KeyWatch, News};
 use crate::registration::registration::Registration;
 use crate::registration::status::RegistrationState;
+use crate::registration::task::PausedBy;
 
 /// The control of a registration that has not started yet.
 #[derive(Debug)]
@@ -91,7 +93,7 @@ struct Task {
     /// Whether the first read has succeeded.
     started: bool,
     demand: Demand,
-    /// Whether this task has paused the registration. A pause by the application is not ended by this task.
+    /// Whether this task has paused the registration. It is registered again when neither this task nor the program pauses it.
     paused: bool,
     /// The weight that this task has set.
     weight: Option<u32>,
@@ -170,10 +172,10 @@ impl Task {
                 "a control key pauses or resumes the server"
             );
             // If etcd does not confirm the change in time, the registration continues to attempt it.
-            let outcome = if self.paused {
-                self.handle.pause().await
-            } else {
-                self.handle.resume().await
+            let outcome = match self.handle.registration().await {
+                Ok(registration) if self.paused => registration.pause_by(PausedBy::Operator).await,
+                Ok(registration) => registration.resume_by(PausedBy::Operator).await,
+                Err(error) => Err(error),
             };
             if let Err(error) = outcome {
                 tracing::warn!(%error, "the change that a control key demands is not confirmed yet");
@@ -184,7 +186,12 @@ impl Task {
             let weight = self.weight();
             tracing::info!(weight, "a control key changes the weight");
             let outcome = self.handle.set_weight(weight).await;
-            self.weight_error = outcome.as_ref().err().map(ToString::to_string);
+            // After other errors, the registration continues to attempt the change.
+            let rejected = outcome
+                .as_ref()
+                .err()
+                .filter(|error| matches!(error, RegisterError::Invalid { .. }));
+            self.weight_error = rejected.map(ToString::to_string);
             if let Err(error) = outcome {
                 tracing::warn!(%error, "the weight that a control key demands is not set");
             }

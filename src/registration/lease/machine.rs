@@ -223,26 +223,30 @@ impl Machine {
     /// Handles a value with the registration's own address and without a lease: an operator has edited the value by hand, for example with
     /// `etcdctl put`, which detaches the key from its lease. The key is written again, under the lease. Otherwise, it would remain for ever
     /// after the end of the server.
-    pub(in crate::registration) fn on_put_by_hand(&mut self, index: usize, kv: &KeyValue) {
+    /// Returns whether the machine has accepted the value. In other states than `Registered`, a later read finds it.
+    pub(in crate::registration) fn on_put_by_hand(&mut self, index: usize, kv: &KeyValue) -> bool {
         let Some(entry) = self.keys.get_mut(index) else {
-            return;
+            return false;
         };
         let is_newer = entry.held.is_none_or(|held| kv.mod_revision > held);
-        if !entry.is_live() || !is_newer {
-            return;
+        if !entry.is_live() || !is_newer || entry.claim == Claim::Open {
+            return false;
         }
         match self.state {
             State::Registered => {
                 entry.claim_by_hand(kv.mod_revision);
                 self.state = State::Putting;
+                return true;
             }
-            // The read of the keys, which follows, finds the value.
             State::Superseded => {
                 entry.foreign = None;
+                // A deregistration before the read must delete the key.
+                entry.by_hand = true;
                 self.register();
             }
             _ => {}
         }
+        false
     }
 
     /// Removes one key for good. The removal of the last live key ends the registration.
@@ -255,7 +259,7 @@ impl Machine {
                 entry.removal = Removal::Requested;
             }
             // Without a current or earlier lease, no key of this registration exists.
-            if self.lease.is_none() && self.unrevoked.is_empty() {
+            if self.lease.is_none() && self.unrevoked.is_empty() && !entry.by_hand {
                 entry.mark_lost();
             }
         }

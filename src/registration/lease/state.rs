@@ -110,7 +110,8 @@ impl KeyEntry {
     pub(super) fn mark_lost(&mut self) {
         self.held = None;
         self.expected = None;
-        if self.removal == Removal::Requested {
+        // A value that was written by hand does not end with the lease.
+        if self.removal == Removal::Requested && !self.by_hand {
             self.removal = Removal::Done;
         }
     }
