@@ -177,6 +177,31 @@ async fn a_pause_by_the_application_remains_while_an_operator_changes_the_weight
     server.stopped().await.unwrap();
 }
 
+/// The server is registered only while neither the program nor an operator pauses it.
+#[tokio::test]
+async fn the_pauses_of_the_program_and_of_an_operator_do_not_end_each_other() {
+    let world = World::new().await;
+    let operator = Operator(client(&world.etcd).await);
+    let registration = controlled(&world);
+    let handle = registration.handle();
+    let (server, address) = world.start(registration).await;
+    handle.pause().await.unwrap();
+    let draining = operator.put(&address, r#"{"state":"draining"}"#).await;
+    operator.reports(&address, "paused", draining).await;
+    let serving = operator.put(&address, r#"{"state":"serving"}"#).await;
+    operator.reports(&address, "serving", serving).await;
+    assert_eq!(list(&operator.0, "/gRPC/greeter/").await, []);
+    handle.resume().await.unwrap();
+    world.counts(1).await;
+    let draining = operator.put(&address, r#"{"state":"draining"}"#).await;
+    operator.reports(&address, "paused", draining).await;
+    handle.resume().await.unwrap();
+    assert_eq!(list(&operator.0, "/gRPC/greeter/").await, []);
+    operator.delete(&address).await;
+    world.counts(1).await;
+    server.stopped().await.unwrap();
+}
+
 /// The roles of earlier versions have no permission for control keys.
 #[tokio::test]
 async fn a_server_without_the_permission_for_control_keys_is_registered() {

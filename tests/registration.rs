@@ -403,6 +403,30 @@ async fn a_value_written_by_hand_is_used_and_does_not_outlive_the_server() {
     assert_eq!(list(&by_hand, "/").await, []);
 }
 
+/// All services of a registration have one set of attributes.
+#[tokio::test]
+async fn a_value_written_by_hand_changes_all_services_of_the_registration() {
+    let etcd = etcd().await;
+    let registry = registry(&etcd).await;
+    let by_hand = client(&etcd).await;
+    let registration = describe(&registry).additional_service("other");
+    let registration = registration.register().await.unwrap();
+    let value = r#"{"Op":0,"Addr":"127.0.0.1:80","Metadata":{"weight":7}}"#;
+    let mut kv = by_hand.kv_client();
+    kv.put(registration.key(), value, None).await.unwrap();
+    within(SOON, "both values have the weight", async || {
+        let listed = list(&by_hand, "/gRPC/").await;
+        let lease = lease(&registration).map(|lease| lease.get());
+        listed.len() == 2
+            && listed
+                .iter()
+                .all(|(_, value, of)| value.contains("\"weight\":7") && Some(*of) == lease)
+    })
+    .await;
+    registration.deregister().await.unwrap();
+    assert_eq!(list(&by_hand, "/").await, []);
+}
+
 #[tokio::test]
 async fn a_pause_removes_the_server_and_a_resume_registers_it_again() {
     let etcd = etcd().await;
