@@ -66,6 +66,9 @@ pub(crate) struct ServerTls {
     /// Use TLS to the servers, and verify them against the root certificates of the system.
     #[arg(long, conflicts_with = "server_cacert")]
     pub(crate) server_tls: bool,
+    /// The name in the certificates of the servers. `call` needs it: the addresses come from etcd, so their hosts prove nothing.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) server_name: Option<String>,
 }
 
 #[derive(Args, Debug)]

@@ -31,8 +31,8 @@ impl Dial {
     /// # Errors
     ///
     /// Fails if the file of the CA certificate cannot be read.
-    pub(crate) fn new(tls: &ServerTls, timeout: Duration) -> Result<Self, Failure> {
-        let tls = match (&tls.server_cacert, tls.server_tls) {
+    pub(crate) fn new(server_tls: &ServerTls, timeout: Duration) -> Result<Self, Failure> {
+        let tls = match (&server_tls.server_cacert, server_tls.server_tls) {
             (Some(path), _) => {
                 let pem = std::fs::read(path).map_err(|error| {
                     Failure::usage(format!("cannot read {}: {error}", path.display()))
@@ -42,6 +42,11 @@ impl Dial {
             (None, true) => Some(ClientTlsConfig::new().with_native_roots()),
             (None, false) => None,
         };
+        let name = server_tls.server_name.as_ref();
+        let tls = tls.map(|config| match name {
+            Some(name) => config.domain_name(name),
+            None => config,
+        });
         Ok(Self { timeout, tls })
     }
 

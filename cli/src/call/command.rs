@@ -81,13 +81,18 @@ async fn channel(options: &Options, arguments: &CallArguments) -> Result<Balance
     if let Some(format) = options.format.clone() {
         builder = builder.map_source(|resolver| resolver.format(format));
     }
-    let tls = match (&arguments.tls.server_cacert, arguments.tls.server_tls) {
-        (Some(path), _) => Some(TlsConfig::verify_dialled_host().ca_certificate_file(path)),
-        (None, true) => Some(TlsConfig::verify_dialled_host().with_native_roots()),
-        (None, false) => None,
-    };
-    if let Some(tls) = tls {
-        builder = builder.tls_config(tls);
+    let tls = &arguments.tls;
+    if tls.server_cacert.is_some() || tls.server_tls {
+        let name = tls.server_name.clone().ok_or_else(|| {
+            Failure::usage(
+                "set --server-name to the name in the certificates of the servers: their addresses come from etcd, so the hosts prove nothing",
+            )
+        })?;
+        let config = TlsConfig::new(name);
+        builder = builder.tls_config(match &tls.server_cacert {
+            Some(path) => config.ca_certificate_file(path),
+            None => config.with_native_roots(),
+        });
     }
     let connected = builder.connect().await;
     connected.map_err(|error: ChannelError| Failure::timed_out(error.to_string()))

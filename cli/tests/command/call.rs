@@ -84,3 +84,12 @@ async fn a_server_without_reflection_is_reported() {
     assert_eq!(failed.code, Some(1), "{failed:?}");
     assert!(failed.stderr.contains("reflection"), "{failed:?}");
 }
+
+/// The addresses come from etcd, so a certificate for the host of an address proves nothing.
+#[tokio::test]
+async fn a_call_with_tls_needs_the_name_of_the_servers() {
+    let etcd = etcd().await;
+    let missing = run(&etcd, &["call", HEALTH, "Check", "--server-tls"]).await;
+    assert_eq!(missing.code, Some(2), "{missing:?}");
+    assert!(missing.stderr.contains("--server-name"), "{missing:?}");
+}
