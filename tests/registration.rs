@@ -416,7 +416,7 @@ async fn a_value_written_by_hand_changes_all_services_of_the_registration() {
     kv.put(registration.key(), value, None).await.unwrap();
     within(SOON, "both values have the weight", async || {
         let listed = list(&by_hand, "/gRPC/").await;
-        let lease = lease(&registration).map(|lease| lease.get());
+        let lease = lease(&registration).map(LeaseId::get);
         listed.len() == 2
             && listed
                 .iter()

@@ -59,6 +59,10 @@ pub(crate) enum Command {
 
 /// How servers are dialled.
 #[derive(Args, Clone, Debug)]
+#[allow(
+    clippy::struct_field_names,
+    reason = "the names are those of the options"
+)]
 pub(crate) struct ServerTls {
     /// Use TLS to the servers, and verify them against this CA certificate (PEM file).
     #[arg(long, value_name = "FILE")]
