@@ -6,7 +6,7 @@ ETCD_NEWEST ?= 3.7.3
 ETCD_TESTS ?= --test auth --test faults --test registration
 # Tests at once of those that wait most of their time, for a lease to run out or a member to come back. Others measure latencies, and are not
 # among them.
-TEST_THREADS ?= 6
+TEST_THREADS ?= 4
 WAITING := auth faults health_check mass_removal network registration resolver
 # All others, except those that need what `make interop` installs, and the list of the public interface, which `make lint` compares.
 FILES := $(patsubst tests/%.rs,%,$(wildcard tests/*.rs)) $(patsubst tests/%/main.rs,%,$(wildcard tests/*/main.rs))
