@@ -11,7 +11,7 @@ use support::callers::Callers;
 use support::roles::{protect, user};
 use support::{Registered, SOON, World, all_ready, client, etcd, eventually, list};
 use tokio::time::timeout;
-use tonic_etcd::registration::{RegistrationBuilder, RegistrationState};
+use tonic_etcd::registration::{RegistrationBuilder, RegistrationHandle, RegistrationState};
 
 const PREFIX: &str = "/gRPC.control/";
 
@@ -156,15 +156,21 @@ async fn a_restarted_server_obeys_only_a_sticky_value() {
     server.stopped().await.unwrap();
 }
 
+/// Starts a server, and pauses it as the program can.
+async fn paused_by_the_program(world: &World) -> (Registered, RegistrationHandle, String) {
+    let registration = controlled(world);
+    let handle = registration.handle();
+    let (server, address) = world.start(registration).await;
+    handle.pause().await.unwrap();
+    (server, handle, address)
+}
+
 /// A pause by the application is not ended by an operator who changes only the weight.
 #[tokio::test]
 async fn a_pause_by_the_application_remains_while_an_operator_changes_the_weight() {
     let world = World::new().await;
     let operator = Operator(client(&world.etcd).await);
-    let registration = controlled(&world);
-    let handle = registration.handle();
-    let (server, address) = world.start(registration).await;
-    handle.pause().await.unwrap();
+    let (server, handle, address) = paused_by_the_program(&world).await;
     let weighted = operator.put(&address, r#"{"weight":7}"#).await;
     operator.reports(&address, "serving", weighted).await;
     assert_eq!(list(&operator.0, "/gRPC/greeter/").await, []);
@@ -182,10 +188,7 @@ async fn a_pause_by_the_application_remains_while_an_operator_changes_the_weight
 async fn the_pauses_of_the_program_and_of_an_operator_do_not_end_each_other() {
     let world = World::new().await;
     let operator = Operator(client(&world.etcd).await);
-    let registration = controlled(&world);
-    let handle = registration.handle();
-    let (server, address) = world.start(registration).await;
-    handle.pause().await.unwrap();
+    let (server, handle, address) = paused_by_the_program(&world).await;
     let draining = operator.put(&address, r#"{"state":"draining"}"#).await;
     operator.reports(&address, "paused", draining).await;
     let serving = operator.put(&address, r#"{"state":"serving"}"#).await;

@@ -403,6 +403,22 @@ async fn a_value_written_by_hand_is_used_and_does_not_outlive_the_server() {
     assert_eq!(list(&by_hand, "/").await, []);
 }
 
+/// The server may leave before it has seen the edit.
+#[tokio::test]
+async fn a_value_written_by_hand_while_the_server_leaves_does_not_outlive_it() {
+    let etcd = etcd().await;
+    let registry = registry(&etcd).await;
+    let by_hand = client(&etcd).await;
+    for _ in 0..30 {
+        let registration = register(&registry).await;
+        let value = r#"{"Op":0,"Addr":"127.0.0.1:80","Metadata":{"weight":7}}"#;
+        let mut kv = by_hand.kv_client();
+        kv.put(registration.key(), value, None).await.unwrap();
+        registration.deregister().await.unwrap();
+        assert_eq!(list(&by_hand, "/").await, []);
+    }
+}
+
 /// All services of a registration have one set of attributes.
 #[tokio::test]
 async fn a_value_written_by_hand_changes_all_services_of_the_registration() {

@@ -178,22 +178,25 @@ impl Etcd {
         .await
     }
 
-    /// Deletes a key if it is attached to `lease`; otherwise does nothing. Makes a single attempt.
+    /// Deletes a key if it is attached to `lease`, and, with a revision, if it was not written after it; otherwise does nothing. Makes a
+    /// single attempt.
     pub(crate) async fn delete_if(
         &self,
         key: &Key,
         lease: LeaseId,
+        revision: Option<Revision>,
         deadline: Duration,
     ) -> Result<(), EtcdError> {
         const OPERATION: &str = "delete";
         self.attempt(Traffic::Keys, OPERATION, deadline, |channel| {
+            let key = key.as_bytes();
+            let of_lease = Compare::lease(key, CompareOp::Equal, lease.get());
+            let unchanged = revision
+                .map(|revision| Compare::mod_revision(key, CompareOp::Equal, revision.get()));
+            let conditions: Vec<_> = [of_lease].into_iter().chain(unchanged).collect();
             let txn = Txn::new()
-                .when([Compare::lease(
-                    key.as_bytes(),
-                    CompareOp::Equal,
-                    lease.get(),
-                )])
-                .and_then([TxnOp::delete(key.as_bytes(), None)]);
+                .when(conditions)
+                .and_then([TxnOp::delete(key, None)]);
             async move {
                 let response = channel.client.kv_client().txn(txn).await;
                 let response = response

@@ -14,6 +14,7 @@ use super::lease::{Command, Found, LEAVE_MARKER_MAX, Machine, Phase, Put};
 use super::metrics::RegistrationMetrics;
 use super::status::RegistrationState;
 use super::ttl::{self, Ttl};
+use crate::error::EtcdError;
 use crate::etcd::Etcd;
 use crate::keyspace::{Event, GuardedPut, Key, KeyValue, LeaseId};
 
@@ -436,7 +437,7 @@ async fn execute(
                 for (index, kv) in live.iter().zip(&kvs) {
                     if let Some(kv) = kv
                         && entry.is_by_hand(*index, kv)
-                        && machine.is_claimed(*index)
+                        && machine.accepts_edit(*index)
                     {
                         entry.adopt(*index, kv);
                         machine.on_new_value();
@@ -461,12 +462,19 @@ async fn execute(
             leave_marker,
             deadline,
         } => {
+            let mut is_changed = lease == LeaseId::NONE;
             if let Some(expected) = leave_marker {
                 let puts = entry.guarded_puts(&[Put { index, expected }], true, lease);
-                // The leave marker is best effort, so the result of this put is ignored.
-                drop(etcd.put_if(&puts, deadline.min(LEAVE_MARKER_MAX)).await);
+                // The leave marker is best effort, so an error of this put is ignored.
+                let marked = etcd.put_if(&puts, deadline.min(LEAVE_MARKER_MAX)).await;
+                is_changed = matches!(marked, Ok(None));
             }
-            let answer = etcd.delete_if(&entry.keys[index], lease, deadline).await;
+            let answer = if is_changed {
+                delete_changed(etcd, entry, index, machine.lease_id(), deadline).await
+            } else {
+                etcd.delete_if(&entry.keys[index], lease, None, deadline)
+                    .await
+            };
             machine.on_deleted(index, answer, Instant::now());
         }
         Command::Renew {
@@ -482,6 +490,26 @@ async fn execute(
             machine.on_revoked(answer, Instant::now());
         }
         Command::Wait { .. } | Command::End => {}
+    }
+}
+
+/// Deletes a key whose value was changed by somebody else, if it still belongs to the registration: an operator has written it by hand, or it
+/// is attached to the lease of the registration.
+async fn delete_changed(
+    etcd: &Etcd,
+    entry: &Entry,
+    index: usize,
+    own: Option<LeaseId>,
+    deadline: Duration,
+) -> Result<(), EtcdError> {
+    let key = &entry.keys[index];
+    let (_, found) = etcd.read_once(key, deadline).await?;
+    match found {
+        Some(kv) if Some(kv.lease) == own || entry.is_by_hand(index, &kv) => {
+            etcd.delete_if(key, kv.lease, Some(kv.mod_revision), deadline)
+                .await
+        }
+        _ => Ok(()),
     }
 }
 

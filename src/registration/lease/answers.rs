@@ -74,6 +74,16 @@ impl Machine {
         answer: Result<Vec<Found>, EtcdError>,
         now: Instant,
     ) {
+        if matches!(self.state, State::Leaving { .. }) {
+            // Best effort, as the leave marker: an error does not delay the revoke.
+            self.changed_while_leaving = false;
+            for found in answer.into_iter().flatten() {
+                if let Some(entry) = self.keys.get_mut(found.index) {
+                    entry.by_hand = found.by_hand && entry.claim == Claim::Made;
+                }
+            }
+            return;
+        }
         let found = match answer {
             Ok(found) => found,
             Err(error) => return self.failed(error, now),
@@ -169,6 +179,7 @@ impl Machine {
             for put in self.puts() {
                 self.keys[put.index].held = None;
             }
+            self.changed_while_leaving |= matches!(answer, Ok(None));
             let more = answer.is_ok() && self.live_entries().any(|entry| entry.held.is_some());
             if let State::Leaving { leave_marker, .. } = &mut self.state {
                 *leave_marker = more;

@@ -65,6 +65,9 @@ pub(in crate::registration) struct Machine {
     /// The raft term of the last linearizable read, or of a later renewal.
     pub(super) term: u64,
     pub(super) keys: Vec<KeyEntry>,
+    /// Whether the put of the leave marker has shown that a key was changed. The keys are then read again, to find those that were written
+    /// by hand: the revoke does not delete them.
+    pub(super) changed_while_leaving: bool,
     pub(super) watch_state: WatchState,
     /// Whether a renewal or the watch has failed since the last successful renewal.
     pub(super) disturbed: bool,
@@ -128,6 +131,7 @@ impl Machine {
             granted: Vec::new(),
             term: 0,
             keys: vec![KeyEntry::NEW; keys],
+            changed_while_leaving: false,
             watch_state: WatchState::Closed,
             disturbed: false,
             has_leave_marker,
@@ -214,10 +218,16 @@ impl Machine {
         }
     }
 
-    /// Returns whether the registration has written the key. Before that, a value under the key is from an earlier run of the server.
-    pub(in crate::registration) fn is_claimed(&self, index: usize) -> bool {
+    /// Returns whether a value that was written by hand applies. Before the registration has written the key, such a value is from an
+    /// earlier run of the server. A server that leaves uses no new value.
+    pub(in crate::registration) fn accepts_edit(&self, index: usize) -> bool {
         let is_claimed = |entry: &KeyEntry| entry.claim == Claim::Made;
-        self.keys.get(index).is_some_and(is_claimed)
+        !matches!(self.state, State::Leaving { .. }) && self.keys.get(index).is_some_and(is_claimed)
+    }
+
+    /// Returns the id of the current lease.
+    pub(in crate::registration) fn lease_id(&self) -> Option<LeaseId> {
+        self.lease.map(|lease| lease.id)
     }
 
     /// Handles a value with the registration's own address and without a lease: an operator has edited the value by hand, for example with

@@ -109,6 +109,11 @@ impl Machine {
     fn leave(&self, leave_marker: bool, now: Instant) -> Command {
         let deadline = self.deadline();
         let own = self.lease.map(|lease| lease.id);
+        if self.changed_while_leaving {
+            return Command::Read {
+                deadline: deadline.min(LEAVE_MARKER_MAX),
+            };
+        }
         let by_hand = self.keys.iter().position(|entry| entry.by_hand);
         if let Some(index) = by_hand
             && self.not_before.is_none_or(|not_before| not_before <= now)

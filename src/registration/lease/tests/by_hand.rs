@@ -80,6 +80,69 @@ fn a_value_written_by_hand_is_deleted_when_the_server_leaves() {
     assert_eq!(pair.machine.phase(pair.now), Phase::Deregistered);
 }
 
+/// The event of the edit may arrive after the request to leave, or the watch may be closed.
+#[test]
+fn an_edit_that_only_the_leave_marker_finds_is_deleted() {
+    let mut pair = Pair::registered();
+    let lease = pair.lease();
+    pair.machine.on_deregister();
+    assert!(matches!(
+        pair.machine.command(pair.now),
+        Command::Put { leaving: true, .. }
+    ));
+    // Nothing was written, because one of the keys has another revision.
+    pair.machine.on_put(true, Ok(None), pair.now);
+    assert!(matches!(
+        pair.machine.command(pair.now),
+        Command::Read { .. }
+    ));
+    let own = Found {
+        index: 0,
+        kv: Some(KeyValue {
+            lease,
+            ..by_hand(0, 2)
+        }),
+        current: true,
+        by_hand: false,
+    };
+    let edited = Found {
+        index: 1,
+        kv: Some(by_hand(1, 50)),
+        current: false,
+        by_hand: true,
+    };
+    pair.machine.on_read(Ok(vec![own, edited]), pair.now);
+    assert!(matches!(
+        pair.machine.command(pair.now),
+        Command::Delete {
+            index: 1,
+            lease: LeaseId::NONE,
+            ..
+        }
+    ));
+    pair.machine.on_deleted(1, Ok(()), pair.now);
+    assert!(matches!(
+        pair.machine.command(pair.now),
+        Command::Revoke { .. }
+    ));
+    pair.machine.on_revoked(Ok(()), pair.now);
+    assert_eq!(pair.machine.phase(pair.now), Phase::Deregistered);
+}
+
+/// The read is best effort: without an answer, the lease is revoked.
+#[test]
+fn without_an_answer_to_the_read_the_lease_is_still_revoked() {
+    let mut pair = Pair::registered();
+    pair.machine.on_deregister();
+    pair.machine.on_put(true, Ok(None), pair.now);
+    let lost = Err(error(EtcdErrorKind::Unavailable));
+    pair.machine.on_read(lost, pair.now);
+    assert!(matches!(
+        pair.machine.command(pair.now),
+        Command::Revoke { .. }
+    ));
+}
+
 #[test]
 fn a_value_written_by_hand_is_deleted_with_the_removed_service() {
     let mut pair = Pair::registered();
