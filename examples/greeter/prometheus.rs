@@ -29,7 +29,11 @@ struct State {
     counters: HashMap<&'static str, Family<Labels, PrometheusCounter>>,
     up_down_counters: HashMap<&'static str, Family<Labels, Gauge>>,
     histograms: HashMap<&'static str, Family<Labels, PrometheusHistogram, Buckets>>,
+    gauges: HashMap<&'static str, Gauges>,
 }
+
+/// The observations of a gauge: one for each channel or registry that the recorder was passed to.
+type Gauges = Arc<Mutex<Vec<Observations>>>;
 
 impl Prometheus {
     /// Returns all metrics in the text format of Prometheus.
@@ -157,21 +161,35 @@ impl Recorder for Prometheus {
     }
 
     fn gauge(&self, instrument: &'static Instrument, observations: Observations) {
-        let collector = Box::new(Observed(instrument, observations));
-        self.lock().registry.register_collector(collector);
+        let State {
+            registry, gauges, ..
+        } = &mut *self.lock();
+        let gauges = gauges.entry(instrument.name()).or_insert_with(|| {
+            let gauges = Gauges::default();
+            let collector = Observed(instrument, Arc::clone(&gauges));
+            registry.register_collector(Box::new(collector));
+            gauges
+        });
+        let mut gauges = gauges.lock().unwrap_or_else(PoisonError::into_inner);
+        gauges.retain(|gauge| !gauge.has_ended());
+        gauges.push(observations);
     }
 }
 
 /// A gauge, which is read at each scrape.
 #[derive(Debug)]
-struct Observed(&'static Instrument, Observations);
+struct Observed(&'static Instrument, Gauges);
 
 impl Collector for Observed {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
-        let Self(instrument, observations) = self;
+        let Self(instrument, gauges) = self;
+        let gauges = gauges
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
         let (name, help) = (name_of(instrument), instrument.description());
         let mut family = encoder.encode_descriptor(&name, help, None, MetricType::Gauge)?;
-        for observation in observations.read() {
+        for observation in Observations::read_all(&gauges) {
             let labels = observation.labels.into_iter();
             let labels: Labels = labels
                 .map(|(name, value)| (underscores(name), value))

@@ -26,7 +26,12 @@ struct Instruments {
     counters: Mutex<HashMap<&'static str, metrics::Counter<u64>>>,
     up_down_counters: Mutex<HashMap<&'static str, metrics::UpDownCounter<i64>>>,
     histograms: Mutex<HashMap<&'static str, metrics::Histogram<f64>>>,
+    /// The observations of each gauge: one for each channel or registry that the recorder was passed to. The SDK has one callback for each
+    /// gauge, which it never removes.
+    gauges: Mutex<HashMap<&'static str, Gauges>>,
 }
+
+type Gauges = Arc<Mutex<Vec<Observations>>>;
 
 impl OpenTelemetry {
     /// Creates a recorder.
@@ -37,6 +42,7 @@ impl OpenTelemetry {
             counters: Mutex::default(),
             up_down_counters: Mutex::default(),
             histograms: Mutex::default(),
+            gauges: Mutex::default(),
         }))
     }
 }
@@ -64,16 +70,17 @@ fn attributes(labels: &[Label<'_>]) -> Vec<KeyValue> {
 }
 
 /// An instrument with its attributes, which are created once.
-struct Bound<T> {
+struct WithAttributes<T> {
     instrument: T,
-    #[cfg_attr(
-        feature = "bound-instruments",
-        allow(dead_code, reason = "only up-down counters need them")
-    )]
     attributes: Vec<KeyValue>,
 }
 
-impl Counter for Bound<metrics::Counter<u64>> {
+/// An instrument that the SDK has bound to its attributes.
+#[cfg(feature = "bound-instruments")]
+struct Bound<T>(T);
+
+#[cfg(not(feature = "bound-instruments"))]
+impl Counter for WithAttributes<metrics::Counter<u64>> {
     fn add(&self, count: u64) {
         self.instrument.add(count, &self.attributes);
     }
@@ -82,24 +89,25 @@ impl Counter for Bound<metrics::Counter<u64>> {
 #[cfg(feature = "bound-instruments")]
 impl Counter for Bound<metrics::BoundCounter<u64>> {
     fn add(&self, count: u64) {
-        self.instrument.add(count);
+        self.0.add(count);
     }
 }
 
 #[cfg(feature = "bound-instruments")]
 impl Histogram for Bound<metrics::BoundHistogram<f64>> {
     fn record(&self, value: f64) {
-        self.instrument.record(value);
+        self.0.record(value);
     }
 }
 
-impl UpDownCounter for Bound<metrics::UpDownCounter<i64>> {
+impl UpDownCounter for WithAttributes<metrics::UpDownCounter<i64>> {
     fn add(&self, count: i64) {
         self.instrument.add(count, &self.attributes);
     }
 }
 
-impl Histogram for Bound<metrics::Histogram<f64>> {
+#[cfg(not(feature = "bound-instruments"))]
+impl Histogram for WithAttributes<metrics::Histogram<f64>> {
     fn record(&self, value: f64) {
         self.instrument.record(value, &self.attributes);
     }
@@ -118,11 +126,13 @@ impl Recorder for OpenTelemetry {
         });
         let attributes = attributes(labels);
         #[cfg(feature = "bound-instruments")]
-        let counter = counter.bind(&attributes);
-        Some(Box::new(Bound {
+        let counter = Bound(counter.bind(&attributes));
+        #[cfg(not(feature = "bound-instruments"))]
+        let counter = WithAttributes {
             instrument: counter,
             attributes,
-        }))
+        };
+        Some(Box::new(counter))
     }
 
     fn up_down_counter(
@@ -135,7 +145,7 @@ impl Recorder for OpenTelemetry {
             let builder = builder.with_unit(instrument.unit());
             builder.with_description(instrument.description()).build()
         });
-        Some(Box::new(Bound {
+        Some(Box::new(WithAttributes {
             instrument: counter,
             attributes: attributes(labels),
         }))
@@ -154,19 +164,36 @@ impl Recorder for OpenTelemetry {
         });
         let attributes = attributes(labels);
         #[cfg(feature = "bound-instruments")]
-        let histogram = histogram.bind(&attributes);
-        Some(Box::new(Bound {
+        let histogram = Bound(histogram.bind(&attributes));
+        #[cfg(not(feature = "bound-instruments"))]
+        let histogram = WithAttributes {
             instrument: histogram,
             attributes,
-        }))
+        };
+        Some(Box::new(histogram))
     }
 
     fn gauge(&self, instrument: &'static Instrument, observations: Observations) {
+        let mut known = self.0.gauges.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(gauges) = known.get(instrument.name()) {
+            let mut gauges = gauges.lock().unwrap_or_else(PoisonError::into_inner);
+            gauges.retain(|gauge| !gauge.has_ended());
+            gauges.push(observations);
+            return;
+        }
+        let gauges = Gauges::new(Mutex::new(vec![observations]));
+        known.insert(instrument.name(), Arc::clone(&gauges));
+        // The SDK may call the callback, which locks `gauges`, from here on.
+        drop(known);
         let builder = self.0.meter.f64_observable_gauge(instrument.name());
         let builder = builder.with_unit(instrument.unit());
         let builder = builder.with_description(instrument.description());
         let observe = move |observer: &dyn metrics::AsyncInstrument<f64>| {
-            for observation in observations.read() {
+            let all = gauges
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .clone();
+            for observation in Observations::read_all(&all) {
                 let labels = observation.labels.into_iter();
                 let attributes: Vec<_> = labels
                     .map(|(name, value)| KeyValue::new(name, value))

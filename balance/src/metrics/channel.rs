@@ -19,6 +19,8 @@ pub(crate) struct ChannelMetrics {
     other: Arc<MethodMetrics>,
     /// The handles for endpoints of one zone, or of all zones if the label for the zone is disabled.
     subchannels: Interned<SubchannelMetrics>,
+    /// The handles for endpoints without a zone, and for those of further zones than the limit.
+    without_zone: Arc<SubchannelMetrics>,
     security_level: &'static str,
     success_rate: EjectionCounters,
     failure_percentage: EjectionCounters,
@@ -73,15 +75,18 @@ impl ChannelMetrics {
             service,
             has_zones,
         });
+        let security_level = if is_tls {
+            "privacy_and_integrity"
+        } else {
+            "none"
+        };
+        let without_zone = SubchannelMetrics::new(Arc::clone(&scope), "", security_level);
         Self {
             methods: Interned::new(MAX_METHODS),
             other: Arc::new(MethodMetrics::new(Arc::clone(&scope), "other")),
             subchannels: Interned::new(MAX_ZONES),
-            security_level: if is_tls {
-                "privacy_and_integrity"
-            } else {
-                "none"
-            },
+            without_zone: Arc::new(without_zone),
+            security_level,
             success_rate: EjectionCounters::new(&scope, "success_rate"),
             failure_percentage: EjectionCounters::new(&scope, "failure_percentage"),
             scope,
@@ -104,13 +109,14 @@ impl ChannelMetrics {
     }
 
     /// Returns the handles for the connections to an endpoint of this zone.
-    pub(crate) fn subchannel(&self, zone: Option<&str>) -> Option<Arc<SubchannelMetrics>> {
-        let zone = zone.filter(|_| self.scope.has_zones).unwrap_or_default();
-        let create = |zone| {
-            move || SubchannelMetrics::new(Arc::clone(&self.scope), zone, self.security_level)
-        };
-        let of_zone = self.subchannels.get(zone, create(zone));
-        of_zone.or_else(|| self.subchannels.get("", create("")))
+    pub(crate) fn subchannel(&self, zone: Option<&str>) -> Arc<SubchannelMetrics> {
+        let zone = zone.filter(|zone| self.scope.has_zones && !zone.is_empty());
+        let of_zone = zone.and_then(|zone| {
+            self.subchannels.get(zone, || {
+                SubchannelMetrics::new(Arc::clone(&self.scope), zone, self.security_level)
+            })
+        });
+        of_zone.unwrap_or_else(|| Arc::clone(&self.without_zone))
     }
 
     /// Records the ejections of a sweep.

@@ -41,12 +41,24 @@ impl Observations {
     /// their sum, or for the units `{bool}` and `s` their minimum.
     #[must_use]
     pub fn read(&self) -> Vec<Observation> {
-        // The lock is released before the sources are read, because a source may be dropped here, and a source takes locks of its own.
-        let sources: Vec<_> = self.lock().iter().filter_map(Weak::upgrade).collect();
-        let is_minimum = matches!(self.instrument.unit(), "{bool}" | "s");
+        Self::read_all(std::slice::from_ref(self))
+    }
+
+    /// Reads the current values of one instrument from several observations, as [`read`](Self::read) does. A recorder that is passed to
+    /// several channels receives an instrument once for each of them.
+    #[must_use]
+    pub fn read_all(all: &[Self]) -> Vec<Observation> {
+        // The locks are released before the sources are read, because a source may be dropped here, and a source takes locks of its own.
+        let mut sources = Vec::new();
+        for part in all {
+            let alive = part.lock();
+            let alive = alive.iter().filter_map(Weak::upgrade);
+            sources.extend(alive.map(|source| (part.instrument, source)));
+        }
         let mut values = BTreeMap::<Vec<(&'static str, String)>, f64>::new();
-        for source in sources {
-            source.observe(self.instrument, &mut |labels, value| {
+        for (instrument, source) in sources {
+            let is_minimum = matches!(instrument.unit(), "{bool}" | "s");
+            source.observe(instrument, &mut |labels, value| {
                 let labels = labels.iter().map(|(name, value)| (*name, (*value).into()));
                 let merge = |known: &mut f64| {
                     *known = if is_minimum {
@@ -61,6 +73,14 @@ impl Observations {
         }
         let observation = |(labels, value)| Observation { labels, value };
         values.into_iter().map(observation).collect()
+    }
+
+    /// Returns whether there will be no further values, because all channels and registries that have passed this gauge to the recorder are
+    /// dropped.
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        Arc::strong_count(&self.sources) == 1
+            && self.lock().iter().all(|source| source.strong_count() == 0)
     }
 
     pub(super) fn add(&self, source: Weak<dyn GaugeSource>) {

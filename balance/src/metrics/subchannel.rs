@@ -18,6 +18,11 @@ pub(crate) struct SubchannelMetrics {
     succeeded: Option<Box<dyn Counter>>,
     failed: Option<Box<dyn Counter>>,
     open: Option<Box<dyn UpDownCounter>>,
+    /// The disconnections by the program. The drop of a connection must not create a handle: a connection may be dropped while the library
+    /// that exports the metrics reads a gauge, under the lock that it needs for a new handle.
+    shutdowns: Option<Box<dyn Counter>>,
+    /// The disconnections whose reasons exceed the limit.
+    unknown: Option<Box<dyn Counter>>,
     disconnections: Interned<Option<Box<dyn Counter>>>,
 }
 
@@ -27,6 +32,8 @@ impl SubchannelMetrics {
         let labels = scope.labels(&own);
         let metrics = &scope.metrics;
         Self {
+            shutdowns: disconnections(&scope, zone, SHUTDOWN),
+            unknown: disconnections(&scope, zone, "unknown"),
             zone: zone.into(),
             succeeded: metrics.counter(&CONNECTIONS_SUCCEEDED, &labels),
             failed: metrics.counter(&CONNECTIONS_FAILED, &labels),
@@ -44,19 +51,25 @@ impl SubchannelMetrics {
     }
 
     fn on_disconnected(&self, reason: &str) {
+        // Without the label, all reasons have the same handle.
         let has_reason = self.scope.metrics.has_label(DISCONNECT_ERROR);
-        let reason = if has_reason { reason } else { "" };
-        let create = || {
-            let own = [(LOCALITY, &*self.zone), (DISCONNECT_ERROR, reason)];
-            let labels = self.scope.labels(&own);
-            self.scope.metrics.counter(&DISCONNECTIONS, &labels)
+        let of_reason;
+        let counter = if !has_reason || reason == SHUTDOWN {
+            &self.shutdowns
+        } else {
+            let create = || disconnections(&self.scope, &self.zone, reason);
+            of_reason = self.disconnections.get(reason, create);
+            of_reason.as_deref().unwrap_or(&self.unknown)
         };
-        if let Some(counter) = self.disconnections.get(reason, create).as_deref()
-            && let Some(counter) = counter
-        {
+        if let Some(counter) = counter {
             counter.add(1);
         }
     }
+}
+
+fn disconnections(scope: &Scope, zone: &str, reason: &str) -> Option<Box<dyn Counter>> {
+    let labels = scope.labels(&[(LOCALITY, zone), (DISCONNECT_ERROR, reason)]);
+    scope.metrics.counter(&DISCONNECTIONS, &labels)
 }
 
 impl std::fmt::Debug for SubchannelMetrics {
@@ -103,9 +116,11 @@ impl ConnectionRecord {
 
 impl Drop for ConnectionRecord {
     fn drop(&mut self) {
-        self.close("subchannel shutdown");
+        self.close(SHUTDOWN);
     }
 }
 
+/// The reason if the program closes the channel or the endpoint is removed (gRFC A94).
+const SHUTDOWN: &str = "subchannel shutdown";
 /// Limit on the reasons for disconnections. HTTP/2 has 14 error codes; a peer may send further ones.
 const MAX_REASONS: usize = 40;

@@ -115,7 +115,7 @@ impl Driver {
             self.shared.started,
         );
         let metrics = self.options.metrics.as_ref();
-        let metrics = metrics.and_then(|metrics| metrics.subchannel(entry.attributes.zone()));
+        let metrics = metrics.map(|metrics| metrics.subchannel(entry.attributes.zone()));
         let connection = Arc::new(connection.with_record(metrics.map(ConnectionRecord::open)));
         connection.update_stream_limit();
         let weak = Arc::downgrade(&connection);
@@ -175,7 +175,7 @@ impl Driver {
             entry.is_warm = false;
             let metrics = self.options.metrics.as_ref();
             if let Some(metrics) =
-                metrics.and_then(|metrics| metrics.subchannel(entry.attributes.zone()))
+                metrics.map(|metrics| metrics.subchannel(entry.attributes.zone()))
             {
                 metrics.on_failed();
             }
