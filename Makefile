@@ -67,8 +67,8 @@ msrv: setup ## Build with the oldest Rust that is supported, which rustup instal
 minimal-versions: setup ## Check that the oldest dependencies allowed still suffice
 	scripts/minimal-versions
 
-# Together these cover the libraries, the command (`--bins` and `--test command`), the examples, the integration tests and the doc tests, but not the benches.
-# Where Go is, the tests that depend on etcd run once more with the newest one.
+# Together these cover the libraries, the command (`--bins` and `--test command`), the examples, the integration tests and the doc tests, but not
+# the benches. `make interop` runs the tests that depend on etcd once more, with the newest one.
 test: setup ## Run all tests
 	@echo "with $$("$${ETCD_BIN:-etcd}" --version | sed -n 1p), $$("$${PROTOC:-protoc}" --version)"
 	@command -v go >/dev/null && go version || echo "left out: the tests with grpc-go (there is no Go)"
@@ -76,6 +76,17 @@ test: setup ## Run all tests
 	$(CARGO) test --locked --workspace --all-features --lib --bins --examples $(REST:%=--test %) --test command --test sdk
 	RUST_TEST_THREADS=$(TEST_THREADS) $(CARGO) test --locked --all-features $(WAITING:%=--test %)
 	$(CARGO) test --locked --workspace --all-features --doc
+
+test-newest: ## Run the tests that depend on etcd with the newest one, which Go builds
+	@etcd=$$(scripts/build-etcd $(ETCD_NEWEST)) && "$$etcd" --version | sed -n 1p && \
+		ETCD_BIN=$$etcd RUST_TEST_THREADS=$(TEST_THREADS) $(CARGO) test --locked --all-features $(ETCD_TESTS) && \
+		ETCD_BIN=$$etcd $(CARGO) test --locked --all-features --test resolver quiet
+
+# Installs and builds them once, which takes minutes. Two tests at once: most of them wait for the other side.
+interop: setup ## Run the tests with real servers and proxies (grpc-go, grpc-java, grpcio, grpc-js, nginx, haproxy, Caddy) and the newest etcd
+	scripts/setup-interop
+	$(CARGO) build --locked -p tonic-etcd-cli
+	RUST_TEST_THREADS=2 $(CARGO) test --locked --all-features --test peers
 	@if [ -n "$${ETCD_BIN:-}" ]; then \
 		echo "LEFT OUT: the tests with etcd $(ETCD_NEWEST), because ETCD_BIN names the one to test with"; \
 	elif ! command -v go >/dev/null 2>&1; then \
@@ -85,17 +96,6 @@ test: setup ## Run all tests
 	else \
 		$(MAKE) --no-print-directory test-newest; \
 	fi
-
-test-newest: ## Run the tests that depend on etcd with the newest one, which Go builds
-	@etcd=$$(scripts/build-etcd $(ETCD_NEWEST)) && "$$etcd" --version | sed -n 1p && \
-		ETCD_BIN=$$etcd RUST_TEST_THREADS=$(TEST_THREADS) $(CARGO) test --locked --all-features $(ETCD_TESTS) && \
-		ETCD_BIN=$$etcd $(CARGO) test --locked --all-features --test resolver quiet
-
-# Installs and builds them once, which takes minutes. Two tests at once: most of them wait for the other side.
-interop: setup ## Run the tests with real servers and proxies: grpc-go, grpc-java, grpcio, grpc-js, nginx, haproxy, Caddy
-	scripts/setup-interop
-	$(CARGO) build --locked -p tonic-etcd-cli
-	RUST_TEST_THREADS=2 $(CARGO) test --locked --all-features --test peers
 
 operate: setup ## Run the example of the cluster with a real Prometheus, the queries of the dashboard and the alerts
 	@scripts/setup-operate
