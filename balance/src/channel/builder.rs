@@ -13,6 +13,7 @@ use tokio_stream::{Stream, StreamExt};
 use tower::BoxError;
 use tower::discover::Change;
 
+use super::dns::Dns;
 use super::keep_alive::KeepAliveOptions;
 use super::source::{Addresses, Changes, Discover, EndpointSource, Endpoints, SourceContext};
 use super::{BalancedChannel, ChannelError};
@@ -355,6 +356,11 @@ impl ChannelBuilder {
         self.map_source(|()| Discover(discover))
     }
 
+    /// Takes the endpoints that a name has in the DNS, in the form `host:port`. See [`Dns`] for the interval of the lookups.
+    pub fn dns(self, name: impl Into<String>) -> ChannelBuilder<Dns> {
+        self.map_source(|()| Dns::new(name))
+    }
+
     /// Takes fixed endpoints, each in the form `host:port`, `http://host:port` (`https://` with TLS configured) or `unix:/path`.
     ///
     /// An address is invalid if it has another form, if it starts with `http://` and TLS is configured, or if it starts with `https://` and
@@ -434,6 +440,7 @@ impl<S: EndpointSource> ChannelBuilder<S> {
         let Self { source, mut config } = self;
         let context = SourceContext {
             tls: config.connector.is_tls(),
+            policy: config.address_policy.clone().unwrap_or_default(),
         };
         match source.start(&context) {
             Ok(endpoints) => (Some(endpoints), config),
@@ -474,6 +481,7 @@ impl Config {
             service,
             policy,
             static_addresses,
+            name,
             handle,
             target,
         } = endpoints;
@@ -486,6 +494,10 @@ impl Config {
         };
         let mut connector = self.connector;
         connector.static_addresses = static_addresses;
+        connector.host = name
+            .as_ref()
+            .and_then(Address::host)
+            .map(|host| host.trim_end_matches('.').into());
         connector.http2.keep_alive = self.keep_alive.build();
         if let Some(policy) = self.address_policy.or(policy) {
             connector.policy = policy;
@@ -497,8 +509,9 @@ impl Config {
         } else {
             Scheme::HTTP
         };
-        let name = connector.server_name();
-        let mut authority = name.and_then(|name| name.parse().ok());
+        let server_name = connector.server_name().map(str::to_owned);
+        let server_name = server_name.or_else(|| name.as_ref().map(Address::to_string));
+        let mut authority = server_name.and_then(|name| name.parse().ok());
         if let Some(origin) = self.origin {
             let origin = origin.into_parts();
             scheme = origin.scheme.unwrap_or(scheme);

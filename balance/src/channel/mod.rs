@@ -5,6 +5,7 @@ mod balanced;
 #[cfg(feature = "__bench")]
 pub mod bench;
 mod builder;
+mod dns;
 pub(crate) mod error;
 mod keep_alive;
 mod keep_alive_options;
@@ -19,6 +20,7 @@ pub use crate::call::retry::{HedgingPolicy, RetryBudget};
 pub use crate::call::{ResponseBody, ResponseFuture, Routing, ServedBy, WaitForReady};
 pub use balanced::BalancedChannel;
 pub use builder::ChannelBuilder;
+pub use dns::Dns;
 pub(crate) use error::ChannelError;
 pub use source::{Addresses, Discover, EndpointSource, Endpoints, SourceContext};
 

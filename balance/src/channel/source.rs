@@ -75,6 +75,8 @@ pub trait EndpointSource {
 #[derive(Clone, Debug)]
 pub struct SourceContext {
     pub(super) tls: bool,
+    /// The policy that the program has set on the channel, or the default.
+    pub(super) policy: AddressPolicy,
 }
 
 impl SourceContext {
@@ -94,6 +96,8 @@ pub struct Endpoints<S> {
     pub(super) service: Option<String>,
     pub(super) policy: Option<AddressPolicy>,
     pub(super) static_addresses: bool,
+    /// The host and the port that the program has set, if the source has looked up the addresses of the endpoints itself.
+    pub(super) name: Option<Address>,
     pub(super) handle: Option<SourceHandle>,
     pub(super) target: Option<String>,
 }
@@ -116,6 +120,7 @@ impl<S> Endpoints<S> {
             service: None,
             policy: None,
             static_addresses: false,
+            name: None,
             handle: None,
             target: None,
         }
@@ -238,7 +243,7 @@ impl EndpointSource for Addresses {
 }
 
 /// Parses an address, or a URI in the form that tonic's `Channel` takes.
-fn parse(given: &str, tls: bool) -> Result<Address, String> {
+pub(super) fn parse(given: &str, tls: bool) -> Result<Address, String> {
     let shown = without_password(given);
     let address = match given.split_once("://") {
         Some(("http", _)) if tls => {

@@ -46,6 +46,8 @@ pub(crate) struct Connector {
     /// Whether the program itself contains the addresses. If false, the addresses are discovered, and TLS does not verify a server by the
     /// host of its address.
     pub(crate) static_addresses: bool,
+    /// The host that the program contains, if the source has looked up the addresses of the endpoints. TLS verifies the servers by it.
+    pub(crate) host: Option<Arc<str>>,
 }
 
 impl Default for Connector {
@@ -58,6 +60,7 @@ impl Default for Connector {
             timeout: CONNECT_TIMEOUT,
             policy: AddressPolicy::default(),
             static_addresses: false,
+            host: None,
         }
     }
 }
@@ -207,6 +210,7 @@ impl Connector {
             // The certificate of a server on a Unix socket is verified for `localhost`.
             let host = || address.host().unwrap_or("localhost");
             let host = self.static_addresses.then(host);
+            let host = self.host.as_deref().or(host);
             let io = tls.handshake(io, host).await.map_err(DialError::Tls)?;
             return Ok(Connection::establish(io, &self.http2, history.keep_alive).await?);
         }
