@@ -89,18 +89,20 @@ pub mod channel {
     #[doc(inline)]
     pub use crate::registry::channel_status::{BalancedChannelExt, ChannelStatus, EndpointReport};
     pub use tonic_balance::channel::{
-        Addresses, Attributes, ChannelBuilder, Discover, EndpointSource, EndpointState,
+        Addresses, Attributes, ChannelBuilder, Discover, Dns, EndpointSource, EndpointState,
         EndpointStatus, Endpoints, FailurePercentageEjection, HedgingPolicy, OutlierDetection,
         ResponseBody, ResponseFuture, RetryBudget, Routing, ServedBy, SourceContext,
         SuccessRateEjection, WaitForReady,
     };
 }
+pub use tonic_balance::deadline;
 pub mod error;
 mod etcd;
 pub mod format;
 pub mod guide;
 pub mod instance;
 mod keyspace;
+pub mod limit;
 pub mod metrics;
 pub mod registration;
 pub mod registry;

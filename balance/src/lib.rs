@@ -36,6 +36,7 @@ mod balance;
 mod call;
 mod causes;
 pub mod channel;
+pub mod deadline;
 pub mod metrics;
 mod transport;
 

@@ -220,6 +220,9 @@ pub async fn greeter(name: &str) -> (SocketAddr, JoinHandle<()>) {
     (address, task)
 }
 
+/// The future of a request to stop a server.
+pub type Stopped = std::pin::Pin<Box<dyn Future<Output = ()> + Send>>;
+
 /// A registered greeter in this process.
 pub struct Registered {
     pub stop: Option<oneshot::Sender<()>>,
@@ -234,18 +237,24 @@ impl Registered {
     }
 
     pub fn serve(router: Router, address: &str, registration: RegistrationBuilder) -> Self {
-        let (stop, stopped) = oneshot::channel();
         let address = address.parse().unwrap();
-        let task = tokio::spawn(async move {
+        Self::serve_with(|stopped| async move {
             router
-                .serve_registered_with_shutdown(address, registration, async {
-                    drop(stopped.await);
-                })
+                .serve_registered_with_shutdown(address, registration, stopped)
                 .await
-        });
+        })
+    }
+
+    /// Starts a server, for example one with layers. `serve` receives the future of the request to stop.
+    pub fn serve_with<F>(serve: impl FnOnce(Stopped) -> F) -> Self
+    where
+        F: Future<Output = Result<(), ServeError>> + Send + 'static,
+    {
+        let (stop, stopped) = oneshot::channel();
+        let stopped: Stopped = Box::pin(async { drop(stopped.await) });
         Self {
             stop: Some(stop),
-            task,
+            task: tokio::spawn(serve(stopped)),
         }
     }
 

@@ -26,8 +26,9 @@ use super::retry_loop::{self, Retrying};
 use super::routing::Routing;
 use super::status;
 use crate::balance::Pick;
+use crate::deadline::inherited_timeout;
 use crate::metrics::CallRecord;
-use crate::transport::deadline::Deadline;
+use crate::transport::deadline::{self, Deadline};
 use crate::transport::request_body::Outgoing;
 
 pin_project! {
@@ -67,8 +68,20 @@ impl ResponseFuture {
         {
             headers.set_timeout(*timeout, field);
         }
+        let is_inherited = match inherited_timeout(&head.extensions) {
+            Some(inherited) if headers.timeout().is_none_or(|own| inherited < own) => {
+                headers.set_timeout(inherited, &deadline::format(inherited));
+                true
+            }
+            _ => false,
+        };
         let timeout = headers.timeout();
         let deadline = timeout.and_then(|timeout| Deadline::after(timeout, Instant::now()));
+        let deadline = if is_inherited {
+            deadline.map(Deadline::inherited)
+        } else {
+            deadline
+        };
         let metrics = core.metrics.as_ref().map(|metrics| {
             // Only generated clients set the extension, so the number of methods is limited.
             let is_known = head.extensions.get::<GrpcMethod<'static>>().is_some();

@@ -68,10 +68,10 @@ impl Headers {
         self.timeout
     }
 
-    /// Sets the timeout and its field.
+    /// Sets the timeout and its field, in place of the previous one.
     pub(super) fn set_timeout(&mut self, timeout: Duration, field: &HeaderValue) {
-        self.timeout = Some(timeout);
-        if self.size > 0 {
+        let is_new = self.timeout.replace(timeout).is_none();
+        if self.size > 0 && is_new {
             self.size += field_size(&GRPC_TIMEOUT, field);
         }
         self.map.insert(GRPC_TIMEOUT, field.clone());

@@ -237,9 +237,9 @@ pub(super) fn wait_queue_full(core: &Core, limit: usize) -> Status {
 /// Returns the status of a call whose deadline passed while it was `doing` something.
 pub(super) fn deadline_exceeded(core: &Core, deadline: Deadline, doing: &str) -> Status {
     let endpoint_counts = endpoint_counts(core, &core.shared().summary());
-    let timeout = deadline.timeout();
+    let deadline = deadline.describe();
     Status::deadline_exceeded(format!(
-        "{}: deadline of {timeout:?} exceeded while {doing} ({endpoint_counts})",
+        "{}: {deadline} exceeded while {doing} ({endpoint_counts})",
         core.service
     ))
 }
@@ -251,8 +251,8 @@ pub(super) fn deadline_exceeded_at(
     doing: &str,
     endpoint: &Endpoint,
 ) -> Status {
-    let (address, timeout) = (endpoint.address(), deadline.timeout());
-    let reason = format!("deadline of {timeout:?} exceeded while {doing}");
+    let (address, deadline) = (endpoint.address(), deadline.describe());
+    let reason = format!("{deadline} exceeded while {doing}");
     let message = format!("{}: endpoint {address}: {reason}", core.service);
     let source = CallError::new(address, reason);
     with_source(Code::DeadlineExceeded, message, Arc::new(source))

@@ -11,21 +11,41 @@ pub(crate) struct Deadline {
     at: Instant,
     /// The timeout that the caller set, for the error message.
     timeout: Duration,
+    /// Whether the timeout is what was left of the deadline of a call that is being served, for the error message.
+    is_inherited: bool,
 }
 
 impl Deadline {
     /// Returns the deadline of a call that starts at `now`, or `None` if the clock cannot represent it.
     pub(crate) fn after(timeout: Duration, now: Instant) -> Option<Self> {
         let at = now.checked_add(timeout)?;
-        Some(Self { at, timeout })
+        Some(Self {
+            at,
+            timeout,
+            is_inherited: false,
+        })
+    }
+
+    /// Marks the deadline as inherited from a call that is being served.
+    pub(crate) fn inherited(self) -> Self {
+        Self {
+            is_inherited: true,
+            ..self
+        }
     }
 
     pub(crate) fn at(&self) -> Instant {
         self.at
     }
 
-    pub(crate) fn timeout(&self) -> Duration {
-        self.timeout
+    /// Describes the deadline for an error message, such as `deadline of 1s`.
+    pub(crate) fn describe(&self) -> String {
+        let timeout = self.timeout;
+        if self.is_inherited {
+            format!("deadline of {timeout:?}, inherited from the call that is being served,")
+        } else {
+            format!("deadline of {timeout:?}")
+        }
     }
 
     /// Sets the header `grpc-timeout` to the remaining time.
