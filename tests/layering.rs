@@ -30,7 +30,8 @@ const PACKAGES: &[Package] = &[
         allowed: &[
             ("transport", &[]),
             ("balance", &["transport"]),
-            ("call", &["balance", "transport"]),
+            ("deadline", &["transport"]),
+            ("call", &["balance", "deadline", "transport"]),
             ("channel", &["call", "balance", "transport"]),
         ],
         pure: &[
@@ -53,9 +54,11 @@ const PACKAGES: &[Package] = &[
             ("registration", &["etcd"]),
             ("registry", &["etcd", "registration", "resolver"]),
             ("server", &["registration"]),
+            ("limit", &[]),
             ("testing", &[]),
         ],
         pure: &[
+            "limit/gradient",
             "resolver/watcher",
             "resolver/instances",
             "resolver/hold",
