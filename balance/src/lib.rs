@@ -27,6 +27,7 @@
 //!
 //! No feature is enabled by default.
 //!
+//! - `service-config`: parses gRPC's service config from JSON, for `ChannelBuilder::service_config`.
 //! - `tls`: TLS to endpoints, with rustls.
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
@@ -37,6 +38,7 @@ mod call;
 mod causes;
 pub mod channel;
 pub mod metrics;
+mod service_config;
 mod transport;
 
 /// The errors of the channel. The text of each error contains all causes, so [`source`](std::error::Error::source) returns `None`. The
@@ -45,6 +47,9 @@ pub mod error {
     pub use crate::address::AddressError;
     pub use crate::call::CallError;
     pub use crate::channel::error::ChannelError;
+    #[cfg(feature = "service-config")]
+    #[cfg_attr(docsrs, doc(cfg(feature = "service-config")))]
+    pub use crate::service_config::ServiceConfigError;
 }
 
 /// Items that `tonic-etcd` uses. They are not part of the public interface.

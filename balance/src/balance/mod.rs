@@ -34,7 +34,7 @@ pub(crate) use endpoint::{AnswerFault, Blame, Endpoint};
 pub use endpoint::{EndpointState, EndpointStatus};
 pub(crate) use gauges::Gauges;
 pub(crate) use limits::MAX_DURATION;
-pub(crate) use options::{OnRefused, Options};
+pub(crate) use options::{OnRefused, Options, Reconfiguration};
 pub use outlier::{FailurePercentageEjection, OutlierDetection, SuccessRateEjection};
 pub(crate) use permit::Permit;
 pub use picker::LbPolicy;
@@ -42,6 +42,7 @@ pub(crate) use picker::{Pick, SCAN_LIMIT};
 pub(crate) use ready_connection::ReadyConnection;
 pub(crate) use shared::{Shared, Snapshot};
 pub(crate) use stream_queue::Exclusions;
+pub(crate) use subchannel::StopOnDrop;
 pub(crate) use summary::Summary;
 pub(crate) use updates::Updates;
 

@@ -29,6 +29,14 @@ pub(crate) struct Options {
     pub(crate) metrics: Option<Arc<ChannelMetrics>>,
 }
 
+/// The options that can change while the channel runs.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Reconfiguration {
+    pub(crate) policy: LbPolicy,
+    pub(crate) outlier_detection: Option<OutlierDetection>,
+    pub(crate) health_check: Option<HealthCheck>,
+}
+
 /// Callback for an endpoint to which no connection could be made. The driver calls it after each failed dial, so it must not block.
 #[derive(Clone)]
 pub(crate) struct OnRefused(pub(crate) Arc<dyn Fn(&Address) + Send + Sync>);

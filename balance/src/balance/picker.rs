@@ -35,6 +35,13 @@ pub enum LbPolicy {
     WeightedRoundRobin,
 }
 
+impl LbPolicy {
+    /// Returns whether the policy needs a ready set with an order of turns.
+    pub(super) fn takes_turns(self) -> bool {
+        self == Self::WeightedRoundRobin
+    }
+}
+
 /// The properties of a connection that a pick reads.
 pub(crate) trait Candidate {
     /// Returns the latency in microseconds; 0 if unknown.
@@ -130,7 +137,7 @@ impl Picker {
         if set.len() == 1 {
             return None;
         }
-        if self.policy == LbPolicy::WeightedRoundRobin {
+        if self.policy.takes_turns() {
             // If the slot is full, its turn is skipped. The next slot does not get this turn, because it would then get two turns in a row.
             let turn = self.cursor.fetch_add(1, Ordering::Relaxed);
             return Some((set.in_turn(turn)?, None));

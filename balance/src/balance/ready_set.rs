@@ -194,6 +194,20 @@ impl<K, M> ReadySetBuilder<K, M> {
 }
 
 impl<K: Clone + Eq + Hash, M: Clone> ReadySetBuilder<K, M> {
+    /// Sets whether the sets have a rotation by weight, from the next [`freeze`](Self::freeze) on.
+    pub(crate) fn set_takes_turns(&mut self, takes_turns: bool) {
+        if self.ranking.is_some() == takes_turns {
+            return;
+        }
+        self.ranking = takes_turns.then(|| {
+            let mut ranking = Ranking::default();
+            for (index, (_, slot)) in self.slots.iter().enumerate() {
+                ranking.insert(slot.weight, index);
+            }
+            ranking
+        });
+    }
+
     pub(crate) fn entries(&self) -> impl Iterator<Item = &M> {
         self.slots.iter().map(|(_, slot)| &slot.connection)
     }

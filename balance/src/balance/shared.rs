@@ -12,7 +12,7 @@ use super::dial_permit::DialPermit;
 use super::endpoint::{AnswerFault, Endpoint, EndpointState, EndpointStatus};
 use super::estimate::Reference;
 use super::load::Loads;
-use super::options::Options;
+use super::options::{Options, Reconfiguration};
 use super::permit::Permit;
 use super::picker::{Pick, Picker, SCAN_LIMIT};
 use super::ready_connection::{ReadyConnection, ReadyEntry};
@@ -34,7 +34,8 @@ pub(crate) struct Shared {
     /// Connections that callers have given up (`BalancedChannel::reconnect`), until the driver has removed them from the ready set.
     given_up: Mutex<Vec<Arc<ReadyConnection>>>,
     pub(super) waiters: Arc<Waiters>,
-    picker: Picker,
+    /// Settings of the balancer that the driver has not applied yet.
+    reconfiguration: Mutex<Option<Reconfiguration>>,
     pub(super) directory: Mutex<HashMap<Address, Arc<Endpoint>>>,
     /// Dials the private connections, which carry one call each.
     connector: Arc<Connector>,
@@ -58,12 +59,12 @@ impl Shared {
             call_waits: AtomicBool::new(false),
             ended: OnceLock::new(),
             not_grpc: Mutex::new(Vec::new()),
-            published: ArcSwap::from_pointee(Published::default()),
+            published: ArcSwap::from_pointee(Published::new(options)),
             changed: Notify::new(),
             demand: Notify::new(),
             given_up: Mutex::new(Vec::new()),
             waiters: Arc::new(Waiters::new(options.max_waiters)),
-            picker: Picker::new(options.policy, options.seed),
+            reconfiguration: Mutex::new(None),
             directory: Mutex::new(HashMap::new()),
             started: Instant::now(),
         }
@@ -79,9 +80,8 @@ impl Shared {
 
     /// Returns the published state. A pick from it draws a few connections. If none of them can take the call, the pick scans at most
     /// `scan_limit` slots of the set.
-    pub(crate) fn snapshot(&self, scan_limit: usize) -> Snapshot<'_> {
+    pub(crate) fn snapshot(&self, scan_limit: usize) -> Snapshot {
         Snapshot {
-            picker: &self.picker,
             published: self.published.load(),
             scan_limit,
         }
@@ -241,9 +241,29 @@ impl Shared {
             pending: 0,
             ..summary.clone()
         };
-        let ready = ReadySet::default();
-        self.published.store(Arc::new(Published { ready, summary }));
+        let picker = Arc::clone(&self.published.load().picker);
+        self.published.store(Arc::new(Published {
+            ready: ReadySet::default(),
+            summary,
+            picker,
+        }));
         self.changed.notify_waiters();
+    }
+
+    /// Makes the driver apply other settings. If it has not applied the previous ones yet, it never does.
+    pub(crate) fn reconfigure(&self, settings: Reconfiguration) {
+        *self.lock_reconfiguration() = Some(settings);
+        self.demand.notify_one();
+    }
+
+    /// Removes and returns the settings that the driver has not applied yet.
+    pub(super) fn take_reconfiguration(&self) -> Option<Reconfiguration> {
+        self.lock_reconfiguration().take()
+    }
+
+    fn lock_reconfiguration(&self) -> MutexGuard<'_, Option<Reconfiguration>> {
+        let locked = self.reconfiguration.lock();
+        locked.unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Removes an endpoint from the directory. [`endpoints`](Self::endpoints) then no longer reports it.
@@ -266,30 +286,42 @@ impl Shared {
     }
 }
 
-/// A published state: a ready set and the matching summary.
-#[derive(Debug, Default)]
+/// A published state: a ready set, the matching summary, and the picker.
+#[derive(Debug)]
 pub(super) struct Published {
     pub(super) ready: ReadySet<ReadyEntry>,
     pub(super) summary: Summary,
+    /// Part of the published state, so that a change of the policy and the ready set for it take effect together.
+    pub(super) picker: Arc<Picker>,
+}
+
+impl Published {
+    fn new(options: &Options) -> Self {
+        Self {
+            ready: ReadySet::default(),
+            summary: Summary::default(),
+            picker: Arc::new(Picker::new(options.policy, options.seed)),
+        }
+    }
 }
 
 /// One published state, for two steps: a pick, and if the pick finds no connection, the decision whether the call waits or fails. If each
 /// step loaded the state, an endpoint could become ready in between. The pick would then find no ready endpoint, the decision would find no
 /// pending endpoint, and the call would fail.
 #[derive(Debug)]
-pub(crate) struct Snapshot<'a> {
-    pub(super) picker: &'a Picker,
+pub(crate) struct Snapshot {
     pub(super) published: Guard<Arc<Published>>,
     scan_limit: usize,
 }
 
-impl Snapshot<'_> {
+impl Snapshot {
     /// Picks as [`Shared::pick`] does.
     pub(crate) fn pick(&self, usable: impl Fn(&Arc<ReadyConnection>) -> bool) -> Pick<Permit> {
         let usable = |entry: &ReadyEntry| usable(entry.connection());
-        match self
+        let published = &self.published;
+        match published
             .picker
-            .pick(&self.published.ready, usable, self.scan_limit)
+            .pick(&published.ready, usable, self.scan_limit)
         {
             Pick::Taken(entry) => Pick::Taken(Permit::reserved(entry.connection())),
             Pick::Full => Pick::Full,

@@ -13,6 +13,7 @@ use tonic::{Code, Status};
 
 use super::core::Core;
 use super::http_status::code;
+use super::message_limits::{MessageCheck, MessageLimits};
 use super::status;
 use crate::balance::{AnswerFault, Blame, Permit};
 use crate::metrics::CallRecord;
@@ -41,6 +42,8 @@ struct Stream {
     status_in_head: bool,
     /// Whether a data frame was returned.
     has_begun: bool,
+    /// The check of the size of messages, if they have a limit.
+    check: Option<Box<MessageCheck>>,
     /// The measurement of the call, if metrics are enabled.
     record: Option<Box<CallRecord>>,
 }
@@ -52,7 +55,7 @@ impl ResponseBody {
         status_in_head: bool,
         mut permit: Permit,
         core: Arc<Core>,
-        deadline: Option<Deadline>,
+        (deadline, limits): (Option<Deadline>, MessageLimits),
     ) -> Self {
         // Without a status in the head, trailers must follow, so the response has not ended. `is_complete` takes h2's lock, so it is called
         // only if the head has a status.
@@ -68,6 +71,7 @@ impl ResponseBody {
             deadline,
             status_in_head,
             has_begun: false,
+            check: limits.of_response(),
             record: None,
         });
         Self {
@@ -134,12 +138,10 @@ impl Body for ResponseBody {
             return Poll::Pending;
         };
         let outcome = match outcome {
-            Some(Ok(frame)) if frame.is_data() => {
-                if let Some(data) = frame.data_ref() {
-                    stream.permit.on_data(data);
-                }
-                return Poll::Ready(Some(Ok(frame)));
-            }
+            Some(Ok(frame)) if frame.is_data() => match stream.check_data(&frame) {
+                Ok(()) => return Poll::Ready(Some(Ok(frame))),
+                Err(status) => Some(Err(status)),
+            },
             Some(Ok(trailers)) => Some(stream.check_trailers(trailers)),
             Some(Err(broken)) => Some(Err(stream.fail(broken))),
             None => stream.end().map(Err),
@@ -167,6 +169,22 @@ impl Body for ResponseBody {
 }
 
 impl Stream {
+    /// Counts a data frame, and checks the size of its messages.
+    fn check_data(&mut self, frame: &Frame<Bytes>) -> Result<(), Status> {
+        let Some(data) = frame.data_ref() else {
+            return Ok(());
+        };
+        self.permit.on_data(data);
+        let Some(check) = &mut self.check else {
+            return Ok(());
+        };
+        check.add(data).map_err(|reason| {
+            let address = self.permit.endpoint().address();
+            let service = &self.core.service;
+            Status::resource_exhausted(format!("call of {service:?} at {address}: {reason}"))
+        })
+    }
+
     /// Ends the measurements of the attempt and of the call.
     fn on_end(&mut self, code: Code) {
         self.permit.end_attempt(code);

@@ -1,4 +1,4 @@
-//! The state that a channel shares with its calls, and the choice of the retry or hedging policy for a call.
+//! The state that a channel shares with its calls, and the choice of the settings for a call.
 
 use std::any::Any;
 use std::sync::Arc;
@@ -9,8 +9,9 @@ use http::uri::{Authority, Scheme};
 use http::{HeaderValue, Response, Uri};
 
 use super::http_status;
+use super::live_config::LiveConfig;
+use super::method_config::{MethodConfig, MethodTimeout};
 use super::request::{Call, KeptBody};
-use super::retry::method_config::MethodConfig;
 use super::retry::{HedgingPolicy, RetryPolicy};
 use crate::balance::{Balancer, Gauges, Shared};
 use crate::metrics::ChannelMetrics;
@@ -25,16 +26,18 @@ pub(crate) struct Core {
     pub(crate) scheme: Scheme,
     /// The authority of all calls, if set. It takes precedence over the authority of the request and of the endpoint.
     pub(crate) authority: Option<Authority>,
-    /// The default timeout of calls, and its value for the `grpc-timeout` header.
-    pub(crate) timeout: Option<(Duration, HeaderValue)>,
+    /// The default timeout of calls.
+    pub(crate) timeout: Option<MethodTimeout>,
     pub(crate) wait_for_ready: bool,
     pub(crate) startup_timeout: Duration,
     /// The error message of a call if the set of endpoints is still unknown after the startup timeout.
     pub(crate) unknown: &'static str,
     /// Whether the channel's tasks and the callers share one thread. If so, the tasks run only while the callers wait.
     pub(crate) is_single_threaded: bool,
-    /// The retry and hedging policies; `None` if no policy is set.
+    /// The settings of methods that the channel was built with; `None` if there are none.
     pub(crate) method_config: Option<Box<MethodConfig>>,
+    /// The settings of methods under the current service config of the source. `None` if the source has no service configs.
+    pub(crate) live_config: Option<LiveConfig>,
     /// The instruments, if metrics are enabled.
     pub(crate) metrics: Option<Arc<ChannelMetrics>>,
     /// The gauges of the channel. The recorder reads them as long as they are owned here.
@@ -61,14 +64,20 @@ impl Core {
         Uri::from_parts(parts).ok()
     }
 
+    /// Returns the settings of methods that a call uses: those that were in force when the call was made.
+    pub(super) fn method_config<'a>(&'a self, call: &'a Call) -> Option<&'a MethodConfig> {
+        let current = call.method_config.as_deref();
+        current.or(self.method_config.as_deref())
+    }
+
     /// Returns the retry policy of a call, if any.
-    pub(super) fn retry(&self, call: &Call) -> Option<&RetryPolicy> {
-        self.method_config.as_ref()?.retry(call.path())
+    pub(super) fn retry<'a>(&'a self, call: &'a Call) -> Option<&'a RetryPolicy> {
+        self.method_config(call)?.retry(call.path())
     }
 
     /// Returns the hedging policy of a call, if any.
-    pub(super) fn hedging(&self, call: &Call) -> Option<&HedgingPolicy> {
-        self.method_config.as_ref()?.hedging(call.path())
+    pub(super) fn hedging<'a>(&'a self, call: &'a Call) -> Option<&'a HedgingPolicy> {
+        self.method_config(call)?.hedging(call.path())
     }
 
     /// Returns true if the response can be handed to the caller now. Without a retry policy, every response can. With a retry policy,
@@ -93,6 +102,11 @@ impl Core {
 
     /// Records a successful call in the retry budget, if there is one.
     pub(crate) fn on_success(&self) {
+        if let Some(live) = &self.live_config
+            && live.on_success()
+        {
+            return;
+        }
         if let Some(method_config) = &self.method_config {
             method_config.on_success();
         }

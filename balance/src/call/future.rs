@@ -19,6 +19,7 @@ use super::core::Core;
 use super::extension::WaitForReady;
 use super::hedging::hedge;
 use super::history::History;
+use super::message_limits::MessageLimits;
 use super::prepare::{TRUSTED_METADATA, needs_no_check};
 use super::request::{Call, KeptBody};
 use super::request_headers::{self, Headers};
@@ -62,10 +63,24 @@ impl ResponseFuture {
         let (mut head, body) = request.into_parts();
         request_headers::set_user_agent(&core.user_agent, &mut head.headers);
         let mut headers = Headers::new(head.headers, &core.user_agent);
-        if headers.timeout().is_none()
-            && let Some((timeout, field)) = &core.timeout
+        let live = core.live_config.as_ref();
+        let method_config = live.and_then(|live| live.current());
+        let settings = method_config
+            .as_deref()
+            .or(core.method_config.as_deref())
+            .and_then(|method_config| method_config.of_call(head.uri.path()));
+        let (timeout, wait_for_ready, limits) = match settings {
+            None => (&core.timeout, core.wait_for_ready, MessageLimits::NONE),
+            Some(settings) => (
+                &settings.timeout,
+                settings.wait_for_ready.unwrap_or(false),
+                MessageLimits::of(settings),
+            ),
+        };
+        if let Some(timeout) = timeout
+            && timeout.replaces(headers.timeout())
         {
-            headers.set_timeout(*timeout, field);
+            headers.set_timeout(timeout.duration, &timeout.field);
         }
         let timeout = headers.timeout();
         let deadline = timeout.and_then(|timeout| Deadline::after(timeout, Instant::now()));
@@ -79,13 +94,15 @@ impl ResponseFuture {
             .as_ref()
             .map(|method| Box::new(CallRecord::start(Arc::clone(method), Instant::now())));
         let wait = head.extensions.get::<WaitForReady>();
-        let wait_for_ready = wait.map_or(core.wait_for_ready, |wait| wait.0);
+        let wait_for_ready = wait.map_or(wait_for_ready, |wait| wait.0);
         let call = Call {
             method: head.method,
             uri: head.uri,
             headers,
             extensions: head.extensions,
             wait_for_ready,
+            limits,
+            method_config,
             metrics,
             sends: None,
         };
@@ -118,7 +135,7 @@ impl ResponseFuture {
                 let gathered = std::future::poll_fn(|cx| {
                     Poll::Ready(Outgoing::gather(body.take().unwrap_or_default(), cx))
                 });
-                let body = gathered.await?;
+                let body = call.limits.check(gathered.await?, &shared.service)?;
                 retry_loop::run(shared, call, body, None, history, deadline).await
             };
             this.state = State::Retry(core, Box::pin(retrying));
@@ -195,7 +212,10 @@ impl State {
                     let Self::New(body) = std::mem::replace(self, Self::Done) else {
                         return Poll::Pending;
                     };
-                    let body = Outgoing::gather(body, cx)?;
+                    let mut body = Outgoing::gather(body, cx)?;
+                    if let (Some(core), Some(call)) = (core.as_ref(), call.as_ref()) {
+                        body = call.limits.check(body, &core.service)?;
+                    }
                     Self::send(core, call, record, deadline, body)?
                 }
                 Self::Sent(attempt) => {

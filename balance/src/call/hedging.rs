@@ -159,7 +159,8 @@ impl Hedging {
 
     /// Returns true if another hedge is allowed by the retry budget, the policy, the servers, and the history of lost connections.
     fn may_send(&self) -> bool {
-        let method_config = self.conclusion.core.method_config.as_deref();
+        let Conclusion { core, call, .. } = &self.conclusion;
+        let method_config = core.method_config(call);
         let allows_retry =
             method_config.is_some_and(|method_config| method_config.tokens().allows_retry());
         // If a connection was lost while this call was on it, the call may be the cause. A hedge could then end another connection,
@@ -233,7 +234,8 @@ impl Hedging {
             );
         }
         let is_fatal = self.policy.is_fatal(code);
-        if let Some(method_config) = self.conclusion.core.method_config.as_deref()
+        let Conclusion { core, call, .. } = &self.conclusion;
+        if let Some(method_config) = core.method_config(call)
             && (!is_fatal || pushback == Pushback::Never)
         {
             method_config.tokens().on_failure();

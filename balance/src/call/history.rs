@@ -201,7 +201,7 @@ impl History {
     /// Picks a connection, preferably to an endpoint that the call has not used. If all ready endpoints that the call has not used are full
     /// (have no free stream), picks a used endpoint. With `avoid_used_endpoints`, returns `Full` in this case, so that the call waits for a
     /// free stream.
-    pub(super) fn pick(&self, snapshot: &Snapshot<'_>, avoid_used_endpoints: bool) -> Pick<Permit> {
+    pub(super) fn pick(&self, snapshot: &Snapshot, avoid_used_endpoints: bool) -> Pick<Permit> {
         let mut is_full = false;
         if !self.avoided.is_empty() {
             let last = self.avoided.last();
@@ -243,7 +243,7 @@ impl History {
     }
 
     /// Picks an endpoint that the call has not used in any attempt.
-    pub(super) fn pick_new(&self, snapshot: &Snapshot<'_>) -> Pick<Permit> {
+    pub(super) fn pick_new(&self, snapshot: &Snapshot) -> Pick<Permit> {
         let avoided = |connection: &Arc<ReadyConnection>| {
             self.avoided.contains(connection.endpoint().address())
         };

@@ -6,6 +6,8 @@ use bytes::Bytes;
 use http::{Extensions, Method, Uri};
 use tokio::time::Instant;
 
+use super::message_limits::MessageLimits;
+use super::method_config::MethodConfig;
 use super::request_headers::Headers;
 use crate::metrics::{CallRecord, MethodMetrics, Sends};
 use crate::transport::request_body::Outgoing;
@@ -17,6 +19,9 @@ pub(super) struct Call {
     pub(super) headers: Headers,
     pub(super) extensions: Extensions,
     pub(super) wait_for_ready: bool,
+    pub(super) limits: MessageLimits,
+    /// The settings of methods under the service config of the source that was in force when the call was made, if there was one.
+    pub(super) method_config: Option<Arc<MethodConfig>>,
     /// The instruments of the method, if metrics are enabled.
     pub(super) metrics: Option<Arc<MethodMetrics>>,
     /// The count of the sends, if metrics are enabled and the call has left the common path.

@@ -14,17 +14,19 @@ use tower::BoxError;
 use tower::discover::Change;
 
 use super::keep_alive::KeepAliveOptions;
+use super::service_config::{
+    ProgramOptions, ServiceConfigMode, ServiceConfigOptions, follow_source,
+};
 use super::source::{Addresses, Changes, Discover, EndpointSource, Endpoints, SourceContext};
 use super::{BalancedChannel, ChannelError};
 use crate::address::{Address, AddressPolicy};
 use crate::attributes::Attributes;
 use crate::balance::{self, Balancer, Gauges, LbPolicy, Options, OutlierDetection, Updates};
 use crate::call::Core;
-use crate::call::retry::method_config::MethodConfigBuilder;
+use crate::call::method_config::{MethodTimeout, ProgramMethods};
 use crate::causes::causes;
 use crate::metrics::{ChannelMetrics, Metrics};
 use crate::transport::connect::Connector;
-use crate::transport::deadline;
 use crate::transport::health_client::HealthCheck;
 use crate::transport::http2::MAX_WINDOW;
 #[cfg(feature = "tls")]
@@ -45,14 +47,15 @@ pub struct ChannelBuilder<S = ()> {
 #[derive(Clone, Debug)]
 pub(super) struct Config {
     service: Option<String>,
+    /// The policy, if the program has set one.
+    policy: Option<LbPolicy>,
     options: Options,
     pub(super) connector: Connector,
     user_agent: Option<HeaderValue>,
     origin: Option<Uri>,
-    timeout: Option<Duration>,
-    wait_for_ready: bool,
     startup_timeout: Duration,
-    pub(super) methods: MethodConfigBuilder,
+    pub(super) methods: ProgramMethods,
+    pub(super) service_config: ServiceConfigOptions,
     address_policy: Option<AddressPolicy>,
     health_check: Option<String>,
     pub(super) keep_alive: KeepAliveOptions,
@@ -64,7 +67,7 @@ pub(super) struct Config {
 impl<S> ChannelBuilder<S> {
     /// Sets the policy that picks an endpoint. Default [`LbPolicy::Latency`].
     pub fn policy(mut self, policy: LbPolicy) -> Self {
-        self.config.options.policy = policy;
+        self.config.policy = Some(policy);
         self
     }
 
@@ -134,14 +137,14 @@ impl<S> ChannelBuilder<S> {
 
     /// Sets the default timeout of calls. A timeout that the request itself sets takes precedence. Default: no timeout.
     pub fn timeout(mut self, timeout: Duration) -> Self {
-        self.config.timeout = Some(timeout);
+        self.config.methods.all().timeout = Some(MethodTimeout::new(timeout));
         self
     }
 
     /// Sets whether calls wait for an endpoint instead of failing at once. Default `false`. The extension
     /// [`WaitForReady`](crate::channel::WaitForReady) of a request overrides this setting.
     pub fn wait_for_ready(mut self, wait: bool) -> Self {
-        self.config.wait_for_ready = wait;
+        self.config.methods.all().wait_for_ready = Some(wait);
         self
     }
 
@@ -322,14 +325,14 @@ impl ChannelBuilder {
     fn new() -> Self {
         let config = Config {
             service: None,
+            policy: None,
             options: Options::default(),
             connector: Connector::default(),
             user_agent: None,
             origin: None,
-            timeout: None,
-            wait_for_ready: false,
             startup_timeout: STARTUP_TIMEOUT,
-            methods: MethodConfigBuilder::default(),
+            methods: ProgramMethods::default(),
+            service_config: ServiceConfigOptions::default(),
             address_policy: None,
             health_check: None,
             keep_alive: KeepAliveOptions::default(),
@@ -476,6 +479,7 @@ impl Config {
             static_addresses,
             handle,
             target,
+            service_configs,
         } = endpoints;
         let service = self.service.take().or(service);
         let service = service.unwrap_or_else(|| UNNAMED.to_owned());
@@ -507,15 +511,29 @@ impl Config {
         let user_agent = user_agent(self.user_agent);
         let mut options = self.options;
         options.on_refused = on_refused;
-        if let Some(service) = self.health_check {
-            connector.http2.reserved_streams = 1;
-            options.health_check = Some(HealthCheck {
-                service,
+        let is_ignored = self.service_config.mode == ServiceConfigMode::Ignore;
+        let service_configs = service_configs.filter(|_| !is_ignored);
+        let program = ProgramOptions {
+            policy: self.policy,
+            outlier_detection: options.outlier_detection.take(),
+            health_check: self.health_check,
+            health_client: HealthCheck {
+                service: String::new(),
                 scheme: scheme.clone(),
                 authority: authority.clone(),
                 user_agent: user_agent.clone(),
-            });
+            },
+            methods: self.methods,
+            service_config: self.service_config,
+        };
+        let (balancing, methods) = program.combined(None);
+        // A later service config can enable the health check, and open connections keep their number of reserved streams.
+        if balancing.health_check.is_some() || service_configs.is_some() {
+            connector.http2.reserved_streams = 1;
         }
+        options.policy = balancing.policy;
+        options.outlier_detection = balancing.outlier_detection;
+        options.health_check = balancing.health_check;
         let changes = changes.map(|change| match change {
             Ok(Change::Insert(address, attributes)) => {
                 Ok(Change::Insert(address, attributes.into()))
@@ -545,20 +563,24 @@ impl Config {
             );
             balancer.end(&format!("the channel is not valid: {reason}"));
         }
+        let channel = program.channel();
+        let live_config = service_configs.map(|configs| {
+            let shared = Arc::downgrade(balancer.shared());
+            follow_source(configs, program, shared)
+        });
         BalancedChannel(Arc::new(Core {
             balancer,
             service,
             user_agent,
             scheme,
             authority,
-            timeout: self
-                .timeout
-                .map(|timeout| (timeout, deadline::format(timeout))),
-            wait_for_ready: self.wait_for_ready,
+            wait_for_ready: channel.wait_for_ready.unwrap_or(false),
+            timeout: channel.timeout,
             startup_timeout: self.startup_timeout,
             unknown,
             is_single_threaded: is_single_threaded(),
-            method_config: self.methods.build(),
+            method_config: methods.has_effect().then(|| Box::new(methods)),
+            live_config,
             metrics,
             _gauges: gauges,
             source_error,

@@ -8,7 +8,8 @@ mod builder;
 pub(crate) mod error;
 mod keep_alive;
 mod keep_alive_options;
-mod retry_options;
+mod method_options;
+mod service_config;
 mod source;
 
 pub use crate::attributes::Attributes;
@@ -17,9 +18,11 @@ pub use crate::balance::{
 };
 pub use crate::call::retry::{HedgingPolicy, RetryBudget};
 pub use crate::call::{ResponseBody, ResponseFuture, Routing, ServedBy, WaitForReady};
+pub use crate::service_config::ServiceConfig;
 pub use balanced::BalancedChannel;
 pub use builder::ChannelBuilder;
 pub(crate) use error::ChannelError;
+pub use service_config::ServiceConfigMode;
 pub use source::{Addresses, Discover, EndpointSource, Endpoints, SourceContext};
 
 #[cfg(test)]

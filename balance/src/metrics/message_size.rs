@@ -11,6 +11,8 @@ pub(crate) struct MessageSize {
     length: u32,
     /// Bytes of the next prefix that were read.
     prefix: u8,
+    /// The size of the largest message whose prefix was read.
+    largest: u32,
 }
 
 impl MessageSize {
@@ -29,6 +31,7 @@ impl MessageSize {
             self.length = (self.length << 8) | u32::from(*first);
             self.prefix += 1;
             if self.prefix == PREFIX {
+                self.largest = self.largest.max(self.length);
                 (self.left, self.length, self.prefix) = (self.length, 0, 0);
             }
             frame = rest;
@@ -37,6 +40,11 @@ impl MessageSize {
 
     pub(crate) fn total(&self) -> u64 {
         self.total
+    }
+
+    /// Returns the size of the largest message that has begun.
+    pub(crate) fn largest(&self) -> u32 {
+        self.largest
     }
 }
 
@@ -70,6 +78,7 @@ mod tests {
                 size.add(part);
             }
             prop_assert_eq!(size.total(), messages.iter().sum::<usize>() as u64);
+            prop_assert_eq!(size.largest() as usize, messages.iter().copied().max().unwrap_or(0));
         }
     }
 }

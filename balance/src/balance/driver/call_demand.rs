@@ -5,6 +5,8 @@
 //! - to check *silent* connections, on which nothing was read for a while;
 //! - to quarantine an endpoint whose responses are not gRPC;
 //! - to add a connection to an endpoint whose streams are all in use.
+//!
+//! New settings of a running channel are requested in the same way.
 
 use tokio::time::Instant;
 
@@ -20,6 +22,7 @@ impl Driver {
         self.wake_resting();
         self.check_silent();
         self.quarantine_reported();
+        self.reconfigure();
         self.scaling.request(Instant::now());
     }
 

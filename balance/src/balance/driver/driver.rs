@@ -27,7 +27,7 @@ use crate::attributes::Attributes;
 use crate::balance::estimate::Ticks;
 use crate::balance::latencies::Latencies;
 use crate::balance::options::Options;
-use crate::balance::picker::LbPolicy;
+use crate::balance::picker::Picker;
 use crate::balance::ready_connection::ReadyEntry;
 use crate::balance::shared::Shared;
 use crate::balance::updates::Updates;
@@ -53,6 +53,7 @@ pub(in crate::balance) struct Driver {
     pub(super) scaling: Scaling,
     pub(super) draining: DrainingConnections,
 
+    pub(super) picker: Arc<Picker>,
     pub(super) ready_sets: ReadySets<ReadyEntry>,
     pub(super) publication: PendingPublication,
     pub(super) latencies: Latencies,
@@ -72,8 +73,9 @@ impl Driver {
         options: Options,
     ) -> Self {
         let now = Instant::now();
-        let takes_turns = options.policy == LbPolicy::WeightedRoundRobin;
+        let takes_turns = options.policy.takes_turns();
         Self {
+            picker: Arc::clone(&shared.published.load().picker),
             shared,
             connector,
             rng: options

@@ -144,9 +144,12 @@ impl Driver {
         let ready = self.ready_sets.freeze();
         let is_last_resort = self.ready_sets.is_last_resort();
         let summary = self.publication.summarize(ready.len(), is_last_resort);
-        self.shared
-            .published
-            .store(Arc::new(Published { ready, summary }));
+        let picker = Arc::clone(&self.picker);
+        self.shared.published.store(Arc::new(Published {
+            ready,
+            summary,
+            picker,
+        }));
         for address in self.publication.take_became_ready() {
             let entry = self.endpoints.get(&address);
             if let Some(entry) = entry.filter(|entry| entry.class == Class::Ready) {

@@ -45,6 +45,12 @@ impl<E: Entry> ReadySets<E> {
         }
     }
 
+    /// Sets whether the sets have an order of turns, from the next [`freeze`](Self::freeze) on.
+    pub(super) fn set_takes_turns(&mut self, takes_turns: bool) {
+        self.primary.set_takes_turns(takes_turns);
+        self.last_resort.set_takes_turns(takes_turns);
+    }
+
     /// Puts an entry into the last-resort set if `is_last_resort`, else into the primary set, and removes it from the other set. If the
     /// entry is already in the right set, only its weight is changed.
     pub(super) fn place(

@@ -79,6 +79,12 @@ impl Subchannels {
         }
     }
 
+    /// Returns the connections of all subchannels, each with its subchannel.
+    pub(super) fn connected(&self) -> Vec<(DialId, SubchannelId)> {
+        let connections = self.connections.iter();
+        connections.map(|(dial_id, id)| (*dial_id, *id)).collect()
+    }
+
     /// Records that a dial has made the connection of a subchannel.
     pub(super) fn on_connected(&mut self, dial_id: DialId, id: SubchannelId) {
         self.connections.insert(dial_id, id);
