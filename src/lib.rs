@@ -91,8 +91,8 @@ pub mod channel {
     pub use tonic_balance::channel::{
         Addresses, Attributes, ChannelBuilder, Discover, EndpointSource, EndpointState,
         EndpointStatus, Endpoints, FailurePercentageEjection, HedgingPolicy, OutlierDetection,
-        ResponseBody, ResponseFuture, RetryBudget, Routing, ServedBy, SourceContext,
-        SuccessRateEjection, WaitForReady,
+        ResponseBody, ResponseFuture, RetryBudget, Routing, ServedBy, ServiceConfig,
+        ServiceConfigMode, SourceContext, SuccessRateEjection, WaitForReady,
     };
 }
 pub mod error;

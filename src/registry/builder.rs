@@ -60,6 +60,7 @@ impl Registry {
             config,
             keyspace: Keyspace::default(),
             policy: AddressPolicy::default(),
+            service_configs: None,
         }
     }
 }
@@ -71,6 +72,7 @@ pub struct RegistryBuilder {
     config: Config,
     keyspace: Keyspace,
     policy: AddressPolicy,
+    service_configs: Option<String>,
 }
 
 impl RegistryBuilder {
@@ -107,6 +109,14 @@ impl RegistryBuilder {
     /// Sets the policy for the addresses that resolvers accept and registrations may advertise. See [`AddressPolicy`] for the default.
     pub fn address_policy(mut self, policy: AddressPolicy) -> Self {
         self.policy = policy;
+        self
+    }
+
+    /// Watches the service config of each service that the registry resolves, as
+    /// [`ResolverBuilder::watch_service_config`](crate::resolver::ResolverBuilder::watch_service_config) does for one resolver. The usual
+    /// prefix is `/gRPC.control/`. Disabled by default.
+    pub fn watch_service_configs(mut self, control_prefix: impl Into<String>) -> Self {
+        self.service_configs = Some(control_prefix.into());
         self
     }
 
@@ -162,6 +172,7 @@ impl RegistryBuilder {
             etcd,
             keyspace: self.keyspace,
             policy: self.policy,
+            service_configs: self.service_configs,
             resolvers: RunningResolvers::default(),
         }
     }

@@ -2,6 +2,7 @@
 
 use std::convert::Infallible;
 
+use tokio_stream::{StreamExt, wrappers::WatchStream};
 use tonic_balance::{
     BalancedChannel,
     channel::{Attributes, EndpointSource, Endpoints, SourceContext},
@@ -108,6 +109,7 @@ impl EndpointSource for Resolver {
         let feedback = self.feedback();
         let handle = self.handle();
         let target = self.target().to_owned();
+        let service_configs = self.watch_service_config();
         let endpoints = Endpoints::new(self)
             .known_after(known)
             .last_error(last_error)
@@ -116,6 +118,10 @@ impl EndpointSource for Resolver {
             .handle(handle)
             .target(target)
             .service(service);
-        Ok(endpoints)
+        let Some(service_configs) = service_configs else {
+            return Ok(endpoints);
+        };
+        let configs = WatchStream::new(service_configs).map(|status| status.config);
+        Ok(endpoints.service_configs(configs))
     }
 }

@@ -28,6 +28,8 @@ pub struct Registry {
     pub(super) etcd: Etcd,
     pub(super) keyspace: Keyspace,
     pub(super) policy: AddressPolicy,
+    /// The control prefix of the service configs that resolvers watch, if any.
+    pub(super) service_configs: Option<String>,
     pub(super) resolvers: RunningResolvers,
 }
 
@@ -44,6 +46,7 @@ impl Registry {
             etcd: Etcd::from_client(client),
             keyspace: Keyspace::default(),
             policy: AddressPolicy::default(),
+            service_configs: None,
             resolvers: RunningResolvers::default(),
         }
     }
@@ -110,8 +113,12 @@ impl Registry {
     /// ```
     pub fn resolver(&self, service: impl Into<String>) -> ResolverBuilder {
         let (etcd, policy) = (self.etcd.clone(), self.policy.clone());
-        ResolverBuilder::service(etcd, &self.keyspace, &service.into(), policy)
-            .sharing(&self.resolvers)
+        let resolver = ResolverBuilder::service(etcd, &self.keyspace, &service.into(), policy)
+            .sharing(&self.resolvers);
+        match &self.service_configs {
+            Some(control_prefix) => resolver.watch_service_config(control_prefix),
+            None => resolver,
+        }
     }
 
     /// Returns a builder of a resolver that watches all keys under the given prefixes. A missing trailing slash is added to each prefix:

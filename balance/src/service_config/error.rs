@@ -12,9 +12,14 @@ pub struct ServiceConfigError {
 }
 
 impl ServiceConfigError {
-    pub(super) fn new(path: impl Into<String>, reason: impl Into<String>) -> Self {
+    pub(super) fn new(path: &str, reason: impl Into<String>) -> Self {
+        // Nested policies can make the path long.
+        let path = match path.char_indices().nth_back(PATH_MAX) {
+            Some((start, _)) => format!("...{}", path.get(start..).unwrap_or_default()),
+            None => path.to_owned(),
+        };
         Self {
-            path: path.into(),
+            path,
             reason: reason.into(),
         }
     }
@@ -26,6 +31,9 @@ impl ServiceConfigError {
         &self.path
     }
 }
+
+/// Limit on the characters of a path. Of a longer path, the end is kept.
+const PATH_MAX: usize = 300;
 
 /// Displays the path before the reason.
 struct Prefix<'a>(&'a str);

@@ -54,7 +54,7 @@ impl<'a> Node<'a> {
     /// Returns the node of a field for an error, also if the field is missing.
     pub(super) fn missing(&self, name: &str, expected: impl fmt::Display) -> ServiceConfigError {
         let path = self.child(&Value::Null, name).path;
-        ServiceConfigError::new(path, format!("expected {expected}, found nothing"))
+        ServiceConfigError::new(&path, format!("expected {expected}, found nothing"))
     }
 
     /// Returns the only field of an object, with its name.
@@ -139,7 +139,7 @@ impl<'a> Node<'a> {
 
     pub(super) fn rejected(&self, expected: impl fmt::Display, found: &str) -> ServiceConfigError {
         let reason = format!("expected {expected}, found {found}");
-        ServiceConfigError::new(self.path.clone(), reason)
+        ServiceConfigError::new(&self.path, reason)
     }
 
     fn child(&self, value: &'a Value, name: &str) -> Self {

@@ -264,6 +264,23 @@ fn the_text_of_an_error_is_short_and_escaped() {
     assert!(error.contains("..."), "{error}");
 }
 
+#[test]
+fn the_path_of_a_deeply_nested_field_is_shortened() {
+    let mut policy = r#"{"round_robin": {}, "b": 1}"#.to_owned();
+    for _ in 0..30 {
+        policy = format!(r#"{{"outlier_detection_experimental": {{"childPolicy": [{policy}]}}}}"#);
+    }
+    let error = rejected(&format!(r#"{{"loadBalancingConfig": [{policy}]}}"#));
+    assert!(error.starts_with("...") && error.len() < 600, "{error}");
+    assert!(
+        error.contains("childPolicy[0]: expected an object with exactly one field"),
+        "{error}"
+    );
+    // The JSON parser limits the depth, so a hostile document cannot overflow the stack.
+    let deep = format!("{}{}", "[".repeat(100_000), "]".repeat(100_000));
+    assert!(rejected(&deep).contains("recursion limit"));
+}
+
 /// A JSON value whose objects have the fields of a service config.
 fn value() -> impl Strategy<Value = serde_json::Value> {
     use serde_json::{Value, json};
