@@ -13,6 +13,7 @@
 )]
 mod authority;
 mod call;
+mod config;
 mod control;
 mod doctor;
 mod generate;
