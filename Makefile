@@ -51,6 +51,7 @@ features: setup ## Check each feature alone, and in pairs, with its docs
 		RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --quiet --no-deps -p tonic-etcd --no-default-features --features "$$features"; \
 	done
 	$(CARGO) clippy --locked --quiet --lib -p tonic-balance --no-default-features -- -D warnings
+	$(CARGO) clippy --locked --quiet --lib -p tonic-balance --no-default-features --features service-config -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --quiet --no-deps -p tonic-balance --no-default-features
 
 api: setup ## Compare the public interface with the list in docs/api; API_UPDATE=1 writes the list

@@ -343,6 +343,18 @@ mod metrics {
     }
 }
 
+mod service_config {
+    use tonic_etcd::{BalancedChannel, Registry};
+
+    async fn orders() -> Result<BalancedChannel, Box<dyn std::error::Error>> {
+        let registry = Registry::builder(["10.0.0.1:2379"])
+            .watch_service_configs("/gRPC.control/")
+            .connect()
+            .await?;
+        Ok(registry.channel("shop.Orders").connect().await?)
+    }
+}
+
 mod errors {
     use std::error::Error;
 

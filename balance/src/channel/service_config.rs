@@ -45,7 +45,7 @@ pub(super) struct ServiceConfigOptions {
 impl<S> ChannelBuilder<S> {
     /// Sets a service config in gRPC's JSON format. It is used while the [source](crate::channel::Endpoints::service_configs) has no service
     /// config. Default: none. Options of this builder that set the same as the service config take precedence over it, unless
-    /// [`service_config_mode`](Self::service_config_mode) says otherwise.
+    /// the mode is [`Prefer`](ServiceConfigMode::Prefer).
     ///
     /// If the service config cannot be used, `connect` fails with [`InvalidOption`](crate::error::ChannelError::InvalidOption), which names
     /// the field.

@@ -18,22 +18,22 @@ use crate::call::retry::RetryBudget;
 /// [source](crate::channel::Endpoints::service_configs).
 #[cfg_attr(
     feature = "service-config",
-    doc = r#"
+    doc = r##"
 ```
 use tonic_balance::channel::ServiceConfig;
 
 let config: ServiceConfig = r#"{
     "methodConfig": [{"name": [{"service": "shop.Orders"}], "timeout": "1.5s"}],
     "loadBalancingConfig": [{"round_robin": {}}]
-}"\#.parse()?;
-let error = r\#"{"methodConfig": [{"name": [{}], "timeout": 5}]}"\#.parse::<ServiceConfig>();
+}"#.parse()?;
+let error = r#"{"methodConfig": [{"name": [{}], "timeout": 5}]}"#.parse::<ServiceConfig>();
 assert_eq!(
     error.unwrap_err().to_string(),
-    r\#"methodConfig[0].timeout: expected a duration such as "1.5s", found 5"\#,
+    r#"methodConfig[0].timeout: expected a duration such as "1.5s", found 5"#,
 );
 # Ok::<(), tonic_balance::error::ServiceConfigError>(())
 ```
-"#
+"##
 )]
 ///
 /// [format]: https://github.com/grpc/grpc/blob/master/doc/service_config.md

@@ -173,7 +173,7 @@ fn success_rate(node: &Node<'_>) -> Result<SuccessRateEjection> {
 }
 
 fn failure_percentage(node: &Node<'_>) -> Result<FailurePercentageEjection> {
-    // In gRFC A50, this rule is not enforced unless the config says so.
+    // In gRFC A50, the default of this rule is that it is not enforced.
     let mut rule = FailurePercentageEjection::new().enforcement_percentage(0);
     if let Some(percent) = percentage(node, "threshold")? {
         rule = rule.threshold(percent);

@@ -1,7 +1,7 @@
 //! gRPC's service config: the settings that the owner of a service gives to its clients.
 //!
-//! The format is that of gRPC (`grpc/doc/service_config.md`), and the parser accepts what the parser of grpc-go accepts. `docs/service-config.md`
-//! of `tonic-etcd` lists the fields and the differences.
+//! The format is that of gRPC (`grpc/doc/service_config.md`), and the parser accepts what the parser of grpc-go accepts. The page
+//! `docs/service-config.md` lists the fields and the differences.
 
 mod config;
 #[cfg(feature = "service-config")]

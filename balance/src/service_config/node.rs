@@ -143,7 +143,7 @@ impl<'a> Node<'a> {
     }
 
     fn child(&self, value: &'a Value, name: &str) -> Self {
-        // A name comes from the code, or is that of a known policy, except for the name of an unknown policy, which no error contains.
+        // A path contains only names of known fields and policies: unknown policies are skipped, so no error has their path.
         let path = match self.path.as_str() {
             "" => name.to_owned(),
             path => format!("{path}.{name}"),

@@ -28,6 +28,8 @@ mod greeter;
 mod messages;
 mod metrics;
 mod routes;
+#[cfg(feature = "service-config")]
+mod service_config;
 mod streams;
 mod support;
 #[cfg(feature = "tls")]
