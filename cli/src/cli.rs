@@ -37,7 +37,7 @@ pub(crate) enum Command {
     Doctor(DoctorArguments),
     /// Run a command, and register its address while it responds. On SIGTERM or SIGINT, deregister first, then stop the command.
     Register(RegisterArguments),
-    /// Print the instances of a service, and each join (+), leave (-) and change (~), until SIGINT.
+    /// Show the instances of a service, and each join (+), leave (-) and change (~), until SIGINT. A live view on a terminal, otherwise lines.
     Watch(WatchArguments),
     /// Take a server out of service: its calls in flight complete, and it gets no new ones.
     Drain(DrainArguments),

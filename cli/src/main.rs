@@ -26,6 +26,7 @@ mod probe;
 mod register;
 mod services;
 mod table;
+mod terminal;
 mod watch;
 
 fn main() -> ExitCode {
