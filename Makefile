@@ -14,7 +14,7 @@ REST := $(filter-out $(WAITING) api operate peers,$(FILES))
 # As in Cargo.toml.
 MSRV := 1.88.0
 # Each set of features is built and documented by itself.
-FEATURE_SETS := none tls health testing tls,health tls,testing health,testing
+FEATURE_SETS := none tls health serde testing tls,health tls,testing health,testing
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo lint features api minimal-versions msrv test test-newest interop operate soak bench bench-peers instructions fleet pictures fmt clean
@@ -97,9 +97,9 @@ interop: setup ## Run the tests with real servers and proxies (grpc-go, grpc-jav
 		$(MAKE) --no-print-directory test-newest; \
 	fi
 
-operate: setup ## Run the example of the cluster with a real Prometheus, the queries of the dashboard and the alerts
+operate: setup ## Run the examples with a real Prometheus, the queries of the dashboard, the alerts, and the tests of the command
 	@scripts/setup-operate
-	$(CARGO) build --locked --all-features --example greeter_cluster
+	$(CARGO) build --locked --all-features --examples
 	$(CARGO) test --locked --all-features --test operate
 	$(CARGO) test --locked -p tonic-etcd-cli --test command
 

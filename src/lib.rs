@@ -75,6 +75,7 @@
 //!
 //! - `tls`: TLS to etcd and to servers, with rustls;
 //! - `health`: the gRPC health service of a registered server, `RegistrationBuilder::health`;
+//! - `serde`: the status of a channel as JSON;
 //! - `testing`: a real etcd for tests, in the module `testing` (Unix only).
 //!
 //! # Requirements
@@ -89,10 +90,10 @@ pub mod channel {
     #[doc(inline)]
     pub use crate::registry::channel_status::{BalancedChannelExt, ChannelStatus, EndpointReport};
     pub use tonic_balance::channel::{
-        Addresses, Attributes, ChannelBuilder, Discover, EndpointSource, EndpointState,
-        EndpointStatus, Endpoints, FailurePercentageEjection, HedgingPolicy, OutlierDetection,
-        ResponseBody, ResponseFuture, RetryBudget, Routing, ServedBy, SourceContext,
-        SuccessRateEjection, WaitForReady,
+        Addresses, Attributes, ChannelBuilder, Discover, EjectionReason, EndpointSource,
+        EndpointState, EndpointStatus, Endpoints, FailurePercentageEjection, HedgingPolicy,
+        OutlierDetection, ResponseBody, ResponseFuture, RetryBudget, Routing, ServedBy,
+        SourceContext, SuccessRateEjection, WaitForReady,
     };
 }
 pub mod error;

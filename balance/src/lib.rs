@@ -27,6 +27,7 @@
 //!
 //! No feature is enabled by default.
 //!
+//! - `serde`: the status of an endpoint as JSON;
 //! - `tls`: TLS to endpoints, with rustls.
 #![cfg_attr(docsrs, feature(doc_cfg))]
 

@@ -30,7 +30,9 @@ pub trait BalancedChannelExt: sealed::Sealed {
 
 /// The status of a channel: the state of its resolver, and each endpoint with the instance that was read from etcd.
 ///
-/// It is displayed as several lines, one for the resolver, one for each endpoint and one for each rejected key.
+/// It is displayed as several lines, one for the resolver, one for each endpoint and one for each rejected key. With the feature `serde`, it
+/// implements `serde::Serialize`. The names and types of the fields are stable, and new fields can be added in any version.
+/// [`guide::options`](crate::guide::options) describes them.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct ChannelStatus {

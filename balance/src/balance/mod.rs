@@ -9,6 +9,9 @@ mod connect_backoff;
 mod dial_permit;
 mod driver;
 mod endpoint;
+#[cfg(feature = "serde")]
+mod endpoint_json;
+mod endpoint_status;
 mod estimate;
 mod gauges;
 mod health_status;
@@ -31,7 +34,7 @@ mod zone;
 
 pub(crate) use balancer::Balancer;
 pub(crate) use endpoint::{AnswerFault, Blame, Endpoint};
-pub use endpoint::{EndpointState, EndpointStatus};
+pub use endpoint_status::{EjectionReason, EndpointState, EndpointStatus};
 pub(crate) use gauges::Gauges;
 pub(crate) use limits::MAX_DURATION;
 pub(crate) use options::{OnRefused, Options};

@@ -9,7 +9,8 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use super::dial_permit::DialPermit;
-use super::endpoint::{AnswerFault, Endpoint, EndpointState, EndpointStatus};
+use super::endpoint::{AnswerFault, Endpoint};
+use super::endpoint_status::{EndpointState, EndpointStatus};
 use super::estimate::Reference;
 use super::load::Loads;
 use super::options::Options;

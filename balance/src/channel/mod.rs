@@ -13,7 +13,8 @@ mod source;
 
 pub use crate::attributes::Attributes;
 pub use crate::balance::{
-    EndpointState, EndpointStatus, FailurePercentageEjection, OutlierDetection, SuccessRateEjection,
+    EjectionReason, EndpointState, EndpointStatus, FailurePercentageEjection, OutlierDetection,
+    SuccessRateEjection,
 };
 pub use crate::call::retry::{HedgingPolicy, RetryBudget};
 pub use crate::call::{ResponseBody, ResponseFuture, Routing, ServedBy, WaitForReady};

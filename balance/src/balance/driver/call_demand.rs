@@ -72,9 +72,8 @@ impl Driver {
         // connection is not stalled, so from now on the endpoint counts as ejected only for an ejection by the outlier detection or a
         // quarantine.
         let entry = self.endpoints.get(address);
-        let ejected = entry.is_some_and(|entry| entry.ejection.is_ejected())
-            || self.quarantines.is_quarantined(address);
-        subchannel.connection().endpoint().set_ejected(ejected);
+        let ejection = entry.and_then(|entry| self.ejection_reason(entry));
+        subchannel.connection().endpoint().set_ejection(ejection);
         self.close(id, subchannel);
         // The new connection takes over the subchannel's id, so later events of the old connection must not be applied to the new one.
         self.subchannels.forget_connection(id);

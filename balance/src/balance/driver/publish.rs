@@ -9,7 +9,7 @@ use super::endpoint_entry::EndpointEntry;
 use super::ready_set_pair::Placed;
 use super::subchannel_table::{Class, SubchannelId};
 use crate::address::Address;
-use crate::balance::endpoint::EndpointState;
+use crate::balance::endpoint_status::{EjectionReason, EndpointState};
 use crate::balance::health_status::Health;
 use crate::balance::ready_connection::ReadyEntry;
 use crate::balance::shared::Published;
@@ -25,21 +25,21 @@ impl Driver {
         let Some(entry) = self.endpoints.get(address) else {
             return;
         };
-        let is_quarantined = self.quarantines.is_quarantined(address);
-        let ejected = entry.ejection.is_ejected() || is_quarantined;
+        let ejection = self.ejection_reason(entry);
         let mut connections = entry.subchannels.iter();
         let all_stalled = connections.all(|id| {
             let ready = self.subchannels.ready(*id);
             ready.is_none_or(|(_, subchannel)| subchannel.is_stalled())
         });
-        entry.endpoint.set_ejected(ejected || all_stalled);
+        let stalled = all_stalled.then_some(EjectionReason::NoAnswer);
+        entry.endpoint.set_ejection(ejection.or(stalled));
         let connection = subchannel.connection();
         if *subchannel.health() != Health::Serving || subchannel.is_stalled() {
             let connection = Arc::clone(connection);
             return self.evict(id, &connection);
         }
         let weight = self.current_weight(entry, Instant::now());
-        let is_last_resort = ejected || entry.attributes.is_last_resort();
+        let is_last_resort = ejection.is_some() || entry.attributes.is_last_resort();
         let ready = ReadyEntry::new(connection);
         match self.ready_sets.place(id, ready, weight, is_last_resort) {
             Placed::Unchanged => {}
@@ -57,13 +57,20 @@ impl Driver {
         };
         let ids = entry.subchannels.clone();
         if ids.iter().all(|id| self.subchannels.ready(*id).is_none()) {
-            let is_quarantined = self.quarantines.is_quarantined(address);
-            let ejected = entry.ejection.is_ejected() || is_quarantined;
-            entry.endpoint.set_ejected(ejected);
+            entry.endpoint.set_ejection(self.ejection_reason(entry));
         }
         for id in ids {
             self.update_ready_set(id);
         }
+    }
+
+    /// Returns why an endpoint gets calls only as a last resort, apart from its attributes.
+    pub(super) fn ejection_reason(&self, entry: &EndpointEntry) -> Option<EjectionReason> {
+        if entry.ejection.is_ejected() {
+            return Some(EjectionReason::Outlier);
+        }
+        let is_quarantined = self.quarantines.is_quarantined(entry.endpoint.address());
+        is_quarantined.then_some(EjectionReason::NotGrpc)
     }
 
     /// Returns the current weight of an endpoint's connections.
@@ -124,6 +131,8 @@ impl Driver {
         let (class, state) = self
             .subchannels
             .classify(&entry.subchannels, is_last_resort);
+        let (next, failed) = self.subchannels.attempts(&entry.subchannels);
+        entry.endpoint.set_attempts(next, failed);
         let before = std::mem::replace(&mut entry.class, class);
         // The state `Ready` means that calls can pick the endpoint, so this state is set only after the new set is published.
         if class != Class::Ready {
