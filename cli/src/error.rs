@@ -64,11 +64,14 @@ impl Failure {
         Self::new(code::ETCD, format!("cannot {what}: {text}{advice}"))
     }
 
-    /// Creates the failure of a resolver. `what` completes "cannot".
-    pub(crate) fn of_resolver(what: &str, error: &EtcdError) -> Self {
+    /// Creates the failure of a resolver of the keys with this prefix.
+    pub(crate) fn of_resolver(prefix: &str, error: &EtcdError) -> Self {
         let text = error.to_string();
-        let advice = advice(&text);
-        Self::new(code::ETCD, format!("cannot {what}: {text}{advice}"))
+        let (prefix, advice) = (escaped(prefix), advice(&text));
+        Self::new(
+            code::ETCD,
+            format!("cannot read the keys below {prefix:?}: {text}{advice}"),
+        )
     }
 
     pub(crate) fn is_usage(&self) -> bool {

@@ -103,8 +103,8 @@ async fn channel(options: &Options, arguments: &CallArguments) -> Result<Balance
     let connected = builder.connect().await;
     connected.map_err(|error: ChannelError| match resolver.status().last_error {
         Some(cause) => {
-            let what = format!("read the servers of {:?}", escaped(&arguments.service));
-            Failure::of_resolver(&what, &cause)
+            let keys = options.service_prefix(&arguments.service);
+            Failure::of_resolver(&keys, &cause)
         }
         None => Failure::timed_out(error.to_string()),
     })

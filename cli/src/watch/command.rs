@@ -41,6 +41,7 @@ pub(crate) async fn run(
         resolver = resolver.format(format.clone());
     }
     let resolver = resolver.start();
+    let prefix = options.service_prefix(&arguments.service);
     // One listener for the whole run: a listener for each iteration would miss signals in between.
     let interrupts = listen(SignalKind::interrupt())?;
     let screen = if output.is_json() {
@@ -49,10 +50,10 @@ pub(crate) async fn run(
         Screen::open()
     };
     let Some(screen) = screen else {
-        return print_lines(resolver, interrupts, dial.as_ref(), output).await;
+        return print_lines(resolver, &prefix, interrupts, dial.as_ref(), output).await;
     };
     let mut live = Live::new(screen, &arguments.service);
-    let outcome = draw(resolver, interrupts, dial, &mut live).await;
+    let outcome = draw(resolver, &prefix, interrupts, dial, &mut live).await;
     // Before an error is printed. The lines remain visible after the view.
     for line in live.close() {
         output.line(&line)?;
@@ -67,6 +68,7 @@ fn listen(kind: SignalKind) -> Result<Signal, Failure> {
 /// Prints each change as one line, until SIGINT.
 async fn print_lines(
     mut resolver: Resolver,
+    prefix: &str,
     mut interrupts: Signal,
     dial: Option<&Dial>,
     output: &mut Output,
@@ -91,7 +93,7 @@ async fn print_lines(
             changed = statuses.changed() => {
                 changed.map_err(|_| ended())?;
                 let status = statuses.borrow_and_update().clone();
-                check_permission(&status)?;
+                check_permission(&status, prefix)?;
                 report_status(&status, &mut reported);
             }
             _ = interrupts.recv() => return Ok(ExitCode::SUCCESS),
@@ -102,6 +104,7 @@ async fn print_lines(
 /// Draws the live view until SIGINT. SIGTERM and SIGHUP end it as well, because the terminal must be restored.
 async fn draw(
     mut resolver: Resolver,
+    prefix: &str,
     mut interrupts: Signal,
     dial: Option<Dial>,
     live: &mut Live,
@@ -137,7 +140,7 @@ async fn draw(
             changed = statuses.changed() => {
                 changed.map_err(|_| ended())?;
                 let status = statuses.borrow_and_update().clone();
-                check_permission(&status)?;
+                check_permission(&status, prefix)?;
                 live.set_sync(sync(&status));
             }
             _ = ticks.tick() => live.draw(),
@@ -149,13 +152,13 @@ async fn draw(
 }
 
 /// Fails if the user may not read the keys, and has never read them. Later, the watch continues: the permission may be granted again.
-fn check_permission(status: &ResolverStatus) -> Result<(), Failure> {
+fn check_permission(status: &ResolverStatus, prefix: &str) -> Result<(), Failure> {
     match &status.last_error {
         Some(error)
             if status.state == ResolverState::Unknown
                 && error.kind() == EtcdErrorKind::PermissionDenied =>
         {
-            Err(Failure::of_resolver("watch the service", error))
+            Err(Failure::of_resolver(prefix, error))
         }
         _ => Ok(()),
     }
