@@ -77,7 +77,10 @@ async fn the_status_of_a_channel_shows_registry_endpoints_and_rejected_keys() {
 #[tokio::test]
 async fn the_status_of_an_endpoint_that_cannot_be_reached_shows_the_next_attempt() {
     let world = World::new().await;
-    let registration = world.registration().address("127.0.0.1:1");
+    let registration = world
+        .registry
+        .registration("greeter")
+        .address("127.0.0.1:1");
     let registration = registration.register().await.unwrap();
     let channel = world.registry.channel("greeter").connect_lazy();
     let failing = || {
@@ -118,7 +121,10 @@ async fn the_status_as_json_has_documented_fields() {
     let world = World::new().await;
     let registration = world.registration().zone("eu-1a").metadata("a", "b");
     let (_server, address) = world.start(registration).await;
-    let dead = world.registration().address("127.0.0.1:1");
+    let dead = world
+        .registry
+        .registration("greeter")
+        .address("127.0.0.1:1");
     let _dead = dead.register().await.unwrap();
     let mut kv = client(&world.etcd).await.kv_client();
     kv.put("/gRPC/greeter/broken", "{", None).await.unwrap();
