@@ -373,6 +373,8 @@ async fn a_panic_restores_the_terminal_and_its_message_is_visible() {
     let mut command = tokio::process::Command::new(std::env::current_exe().unwrap());
     command.args(["--exact", "--ignored", "--nocapture"]);
     command.arg("a_program_with_a_picture_that_panics");
+    // A backtrace would scroll the message away.
+    command.env("RUST_BACKTRACE", "0");
     let (mut child, terminal) = Terminal::spawn(command, 80, 24);
     assert!(
         !timeout(SOON, child.wait())
