@@ -11,6 +11,8 @@ use super::line::Canvas;
 #[derive(Debug)]
 pub(crate) struct Screen {
     colour: bool,
+    /// Whether the picture is on the screen.
+    shown: &'static AtomicBool,
 }
 
 /// Whether the picture is on the screen. A panic hook and a drop may both restore the terminal.
@@ -29,12 +31,15 @@ impl Screen {
         let before = std::panic::take_hook();
         std::panic::set_hook(Box::new(move |panic| {
             // Before the message: it would vanish together with the alternate screen.
-            restore();
+            restore(&SHOWN);
             before(panic);
         }));
         SHOWN.store(true, Ordering::SeqCst);
         write(&mut io::stdout().lock(), ENTER);
-        Some(Self { colour })
+        Some(Self {
+            colour,
+            shown: &SHOWN,
+        })
     }
 
     /// Returns the current size of the terminal.
@@ -60,26 +65,26 @@ impl Screen {
         }
         // The lock prevents that another thread restores the terminal between the check and the write.
         let mut stdout = io::stdout().lock();
-        if SHOWN.load(Ordering::SeqCst) {
+        if self.shown.load(Ordering::SeqCst) {
             write(&mut stdout, &text);
         }
     }
 
     /// Closes the alternate screen. The earlier output and the cursor are visible again.
     pub(crate) fn restore(&self) {
-        restore();
+        restore(self.shown);
     }
 }
 
 impl Drop for Screen {
     fn drop(&mut self) {
-        restore();
+        self.restore();
     }
 }
 
-fn restore() {
+fn restore(shown: &AtomicBool) {
     let mut stdout = io::stdout().lock();
-    if SHOWN.swap(false, Ordering::SeqCst) {
+    if shown.swap(false, Ordering::SeqCst) {
         write(&mut stdout, LEAVE);
     }
 }

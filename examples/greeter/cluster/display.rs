@@ -141,7 +141,7 @@ impl State {
     }
 
     fn update(&mut self, tally: &Tally, pace: &Pace, now: Instant) {
-        let status = self.channel.as_ref().and_then(|channel| channel.status());
+        let status = self.channel.as_ref().and_then(BalancedChannelExt::status);
         let endpoints = status.map(|status| status.endpoints).unwrap_or_default();
         let servers: Vec<_> = endpoints
             .iter()
