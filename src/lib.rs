@@ -128,4 +128,5 @@ pub use tonic_balance::__bench;
 #[cfg(feature = "tls")]
 #[cfg_attr(docsrs, doc(cfg(feature = "tls")))]
 pub use tonic_balance::TlsConfig;
+pub use tonic_balance::traces;
 pub use tonic_balance::{Address, AddressPolicy, BalancedChannel, IpNet, LbPolicy, RetryPolicy};

@@ -37,6 +37,7 @@ mod call;
 mod causes;
 pub mod channel;
 pub mod metrics;
+pub mod traces;
 mod transport;
 
 /// The errors of the channel. The text of each error contains all causes, so [`source`](std::error::Error::source) returns `None`. The

@@ -6,12 +6,15 @@ use tokio::runtime::Runtime;
 use tonic::Request;
 use tonic::body::Body;
 use tonic::client::GrpcService;
+use tonic_etcd::channel::ChannelBuilder;
+use tonic_etcd::traces::Traces;
 use tonic_etcd::{BalancedChannel, LbPolicy};
 
 use super::bare_h2::H2;
 use super::greeter::HelloRequest;
 use super::greeter::greeter_client::GreeterClient;
 use super::measured;
+use super::metrics;
 use super::peer::{Peer, in_memory, ready};
 
 const ENDPOINTS: usize = 4;
@@ -29,6 +32,12 @@ const METADATA: [(&str, &str); 3] = [
 #[derive(Clone, Copy)]
 pub enum Channel {
     Balanced,
+    /// Balanced, with metrics and the SDK of OpenTelemetry.
+    Measured,
+    /// Balanced, with metrics whose values are discarded: the part of the library in the cost of metrics.
+    Discarded,
+    /// Balanced, with traces that no subscriber receives.
+    Traced,
     BareH2,
 }
 
@@ -71,21 +80,30 @@ pub fn run(channel: Channel, callers: usize, options: Options, calls: usize) {
         .build()
         .unwrap();
     match channel {
-        Channel::Balanced => {
-            let channel = runtime.block_on(balanced());
-            call_all(&runtime, &channel, callers, options, calls);
-        }
         Channel::BareH2 => {
             let sockets = (0..ENDPOINTS).map(|_| Peer::default()).collect();
             let channel = runtime.block_on(H2::over(sockets));
             call_all(&runtime, &channel, callers, options, calls);
         }
+        _ => {
+            // The provider is dropped at the end: it ends the instruments.
+            let provider = metrics::provider();
+            let builder = BalancedChannel::builder();
+            let builder = match channel {
+                Channel::Measured => builder.metrics(metrics::recorder(&provider)),
+                Channel::Discarded => builder.metrics(metrics::Discard),
+                Channel::Traced => builder.traces(Traces::new()),
+                _ => builder,
+            };
+            let channel = runtime.block_on(balanced(builder));
+            call_all(&runtime, &channel, callers, options, calls);
+        }
     }
 }
 
-async fn balanced() -> BalancedChannel {
+async fn balanced(builder: ChannelBuilder) -> BalancedChannel {
     let addresses = (1..=ENDPOINTS).map(|index| format!("10.0.0.{index}:1"));
-    let channel = in_memory(BalancedChannel::builder(), LbPolicy::default())
+    let channel = in_memory(builder, LbPolicy::default())
         .addresses(addresses)
         .connect_lazy();
     ready(&channel, ENDPOINTS).await;

@@ -88,6 +88,18 @@ const CASES: &[(&str, Case)] = &[
         "call of 64 callers, deadline and 3 metadata entries",
         Case::Call(Channel::Balanced, 64, PRODUCTION),
     ),
+    (
+        "call of 64 callers, metrics",
+        Case::Call(Channel::Measured, 64, PLAIN),
+    ),
+    (
+        "call of 64 callers, metrics that are discarded",
+        Case::Call(Channel::Discarded, 64, PLAIN),
+    ),
+    (
+        "call of 64 callers, traces without a subscriber",
+        Case::Call(Channel::Traced, 64, PLAIN),
+    ),
     ("call over bare h2", Case::Call(Channel::BareH2, 1, PLAIN)),
     (
         "call over bare h2, deadline and 3 metadata entries",

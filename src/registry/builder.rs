@@ -1,6 +1,7 @@
 //! The options of a registry, and the functions that connect it to etcd.
 
 use tonic_balance::AddressPolicy;
+use tonic_balance::traces::Traces;
 
 use super::registry::Registry;
 use crate::error::RegistryError;
@@ -60,6 +61,7 @@ impl Registry {
             config,
             keyspace: Keyspace::default(),
             policy: AddressPolicy::default(),
+            traces: None,
         }
     }
 }
@@ -71,6 +73,7 @@ pub struct RegistryBuilder {
     config: Config,
     keyspace: Keyspace,
     policy: AddressPolicy,
+    traces: Option<Traces>,
 }
 
 impl RegistryBuilder {
@@ -114,6 +117,13 @@ impl RegistryBuilder {
     /// default. The metrics cover the channels, resolvers and registrations of the registry, and its requests to etcd.
     pub fn metrics(mut self, metrics: impl Into<Metrics>) -> Self {
         self.config.metrics = Some(metrics.into());
+        self
+    }
+
+    /// Enables the traces of the channels of the registry: each call and each of its attempts has a span of the crate `tracing`. Disabled by
+    /// default. The module [`traces`](crate::traces) describes the spans. Requests to etcd have no spans.
+    pub fn traces(mut self, traces: Traces) -> Self {
+        self.traces = Some(traces);
         self
     }
 
@@ -162,6 +172,7 @@ impl RegistryBuilder {
             etcd,
             keyspace: self.keyspace,
             policy: self.policy,
+            traces: self.traces,
             resolvers: RunningResolvers::default(),
         }
     }

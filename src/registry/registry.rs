@@ -1,7 +1,7 @@
 //! A registry: one etcd cluster, and the location of services in it.
 
 use tonic_balance::AddressPolicy;
-use tonic_balance::{BalancedChannel, channel::ChannelBuilder};
+use tonic_balance::{BalancedChannel, channel::ChannelBuilder, traces::Traces};
 
 use super::target::{Lookup, Target};
 use crate::error::RegistryError;
@@ -28,6 +28,7 @@ pub struct Registry {
     pub(super) etcd: Etcd,
     pub(super) keyspace: Keyspace,
     pub(super) policy: AddressPolicy,
+    pub(super) traces: Option<Traces>,
     pub(super) resolvers: RunningResolvers,
 }
 
@@ -44,6 +45,7 @@ impl Registry {
             etcd: Etcd::from_client(client),
             keyspace: Keyspace::default(),
             policy: AddressPolicy::default(),
+            traces: None,
             resolvers: RunningResolvers::default(),
         }
     }
@@ -68,6 +70,13 @@ impl Registry {
     #[must_use]
     pub fn with_metrics(self, metrics: impl Into<Metrics>) -> Self {
         self.etcd.set_metrics(metrics.into());
+        self
+    }
+
+    /// Enables traces, as [`RegistryBuilder::traces`](crate::registry::RegistryBuilder::traces) does.
+    #[must_use]
+    pub fn with_traces(mut self, traces: Traces) -> Self {
+        self.traces = Some(traces);
         self
     }
 
@@ -186,6 +195,10 @@ impl Registry {
         let builder = BalancedChannel::builder();
         let builder = match self.etcd.metrics() {
             Some(metrics) => builder.metrics(metrics.clone()),
+            None => builder,
+        };
+        let builder = match &self.traces {
+            Some(traces) => builder.traces(traces.clone()),
             None => builder,
         };
         builder.source(resolver)

@@ -13,9 +13,9 @@ use tonic::{Code, Status};
 
 use super::core::Core;
 use super::http_status::code;
+use super::observation::CallObservation;
 use super::status;
 use crate::balance::{AnswerFault, Blame, Permit};
-use crate::metrics::CallRecord;
 use crate::transport::deadline::Deadline;
 use crate::transport::response_body::{Broken, Incoming};
 
@@ -41,8 +41,8 @@ struct Stream {
     status_in_head: bool,
     /// Whether a data frame was returned.
     has_begun: bool,
-    /// The measurement of the call, if metrics are enabled.
-    record: Option<Box<CallRecord>>,
+    /// The metrics and the span of the call, if either is enabled.
+    observation: Option<Box<CallObservation>>,
 }
 
 impl ResponseBody {
@@ -68,7 +68,7 @@ impl ResponseBody {
             deadline,
             status_in_head,
             has_begun: false,
-            record: None,
+            observation: None,
         });
         Self {
             stream,
@@ -76,11 +76,11 @@ impl ResponseBody {
         }
     }
 
-    /// Sets the measurement of the call. If the response has already ended, the call ends.
-    pub(super) fn set_record(&mut self, mut record: Box<CallRecord>) {
+    /// Sets the metrics and the span of the call. If the response has already ended, they end.
+    pub(super) fn observe(&mut self, mut observation: Box<CallObservation>) {
         match &mut self.stream {
-            Some(stream) => stream.record = Some(record),
-            None => record.end(Code::Ok),
+            Some(stream) => stream.observation = Some(observation),
+            None => observation.end(Code::Ok),
         }
     }
 }
@@ -167,11 +167,11 @@ impl Body for ResponseBody {
 }
 
 impl Stream {
-    /// Ends the measurements of the attempt and of the call.
+    /// Ends the metrics and the spans of the attempt and of the call.
     fn on_end(&mut self, code: Code) {
         self.permit.end_attempt(code);
-        if let Some(record) = &mut self.record {
-            record.end(code);
+        if let Some(observation) = &mut self.observation {
+            observation.end(code);
         }
     }
 

@@ -14,6 +14,7 @@ use super::retry::method_config::MethodConfig;
 use super::retry::{HedgingPolicy, RetryPolicy};
 use crate::balance::{Balancer, Gauges, Shared};
 use crate::metrics::ChannelMetrics;
+use crate::traces::Traces;
 use crate::transport::response_body::Incoming;
 
 /// The state that all clones of a channel and all its calls share.
@@ -37,6 +38,8 @@ pub(crate) struct Core {
     pub(crate) method_config: Option<Box<MethodConfig>>,
     /// The instruments, if metrics are enabled.
     pub(crate) metrics: Option<Arc<ChannelMetrics>>,
+    /// The option for spans, if traces are enabled.
+    pub(crate) traces: Option<Traces>,
     /// The gauges of the channel. The recorder reads them as long as they are owned here.
     pub(crate) _gauges: Option<Arc<Gauges>>,
     /// Returns the current failure of the source of endpoints, if any.

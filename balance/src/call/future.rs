@@ -19,6 +19,7 @@ use super::core::Core;
 use super::extension::WaitForReady;
 use super::hedging::hedge;
 use super::history::History;
+use super::observation::CallObservation;
 use super::prepare::{TRUSTED_METADATA, needs_no_check};
 use super::request::{Call, KeptBody};
 use super::request_headers::{self, Headers};
@@ -26,7 +27,6 @@ use super::retry_loop::{self, Retrying};
 use super::routing::Routing;
 use super::status;
 use crate::balance::Pick;
-use crate::metrics::CallRecord;
 use crate::transport::deadline::Deadline;
 use crate::transport::request_body::Outgoing;
 
@@ -41,8 +41,8 @@ pin_project! {
         deadline: Option<Deadline>,
         #[pin]
         timer: Option<Sleep>,
-        // The measurement of the call, if metrics are enabled.
-        record: Option<Box<CallRecord>>,
+        // The metrics and the span of the call, if either is enabled.
+        observation: Option<Box<CallObservation>>,
     }
 }
 
@@ -75,9 +75,11 @@ impl ResponseFuture {
             let name = head.uri.path().strip_prefix('/').filter(|_| is_known);
             metrics.method(name)
         });
-        let record = metrics
-            .as_ref()
-            .map(|method| Box::new(CallRecord::start(Arc::clone(method), Instant::now())));
+        let traces = core.traces.as_ref();
+        let (span, trace) = traces
+            .and_then(|traces| traces.start(head.uri.path()))
+            .unzip();
+        let observation = CallObservation::start(metrics.as_ref(), span);
         let wait = head.extensions.get::<WaitForReady>();
         let wait_for_ready = wait.map_or(core.wait_for_ready, |wait| wait.0);
         let call = Call {
@@ -88,6 +90,7 @@ impl ResponseFuture {
             wait_for_ready,
             metrics,
             sends: None,
+            trace,
         };
         Self {
             core: Some(core),
@@ -95,7 +98,7 @@ impl ResponseFuture {
             state: State::New(body),
             deadline,
             timer: None,
-            record,
+            observation,
         }
     }
 }
@@ -108,7 +111,7 @@ impl ResponseFuture {
         if let (State::New(body), Some(core), Some(mut call)) =
             (state, this.core.take(), this.call.take())
         {
-            call.count_sends(this.record.as_deref_mut(), false, false);
+            call.count_sends(this.observation.as_deref_mut(), false, false);
             let history = History::with_routing(routing, core.shared().given_up());
             let deadline = this.deadline;
             let shared = Arc::clone(&core);
@@ -132,13 +135,13 @@ impl Future for ResponseFuture {
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let mut this = self.project();
-        let mut polled = this
-            .state
-            .poll(this.core, this.call, this.record, *this.deadline, cx);
+        let mut polled =
+            this.state
+                .poll(this.core, this.call, this.observation, *this.deadline, cx);
         if let Poll::Ready(outcome) = &mut polled {
             *this.state = State::Done;
-            if let Some(record) = this.record.take() {
-                pass_on(record, outcome);
+            if let Some(observation) = this.observation.take() {
+                pass_on(observation, outcome);
             }
             return polled;
         }
@@ -165,18 +168,21 @@ impl Future for ResponseFuture {
             }
             _ => return Poll::Pending,
         };
-        if let Some(record) = this.record {
-            record.end(status.code());
+        if let Some(mut observation) = this.observation.take() {
+            observation.end(status.code());
         }
         Poll::Ready(Err(status))
     }
 }
 
-/// Passes the measurement of the call to the body of the response, or ends it if the call has failed.
-fn pass_on(mut record: Box<CallRecord>, outcome: &mut Result<Response<ResponseBody>, Status>) {
+/// Passes the metrics and the span of the call to the body of the response, or ends them if the call has failed.
+fn pass_on(
+    mut observation: Box<CallObservation>,
+    outcome: &mut Result<Response<ResponseBody>, Status>,
+) {
     match outcome {
-        Ok(response) => response.body_mut().set_record(record),
-        Err(status) => record.end(status.code()),
+        Ok(response) => response.body_mut().observe(observation),
+        Err(status) => observation.end(status.code()),
     }
 }
 
@@ -185,7 +191,7 @@ impl State {
         &mut self,
         core: &mut Option<Arc<Core>>,
         call: &mut Option<Call>,
-        record: &mut Option<Box<CallRecord>>,
+        observation: &mut Option<Box<CallObservation>>,
         deadline: Option<Deadline>,
         cx: &mut Context<'_>,
     ) -> Poll<Result<Response<ResponseBody>, Status>> {
@@ -196,7 +202,7 @@ impl State {
                         return Poll::Pending;
                     };
                     let body = Outgoing::gather(body, cx)?;
-                    Self::send(core, call, record, deadline, body)?
+                    Self::send(core, call, observation, deadline, body)?
                 }
                 Self::Sent(attempt) => {
                     let mut head = ready!(attempt.exchange.poll_head(cx));
@@ -218,7 +224,7 @@ impl State {
                         }
                         outcome => {
                             let shared = Arc::clone(&core);
-                            call.count_sends(record.as_deref_mut(), false, true);
+                            call.count_sends(observation.as_deref_mut(), false, true);
                             let retry =
                                 retry_loop::after_first(core, call, attempt, outcome, deadline);
                             Self::Retry(shared, retry)
@@ -236,7 +242,7 @@ impl State {
     fn send(
         core: &mut Option<Arc<Core>>,
         call: &mut Option<Call>,
-        record: &mut Option<Box<CallRecord>>,
+        observation: &mut Option<Box<CallObservation>>,
         deadline: Option<Deadline>,
         body: Outgoing,
     ) -> Result<Self, Status> {
@@ -261,7 +267,7 @@ impl State {
             let (Some(channel), Some(mut request)) = (core.take(), call.take()) else {
                 return Ok(Self::Done);
             };
-            request.count_sends(record.as_deref_mut(), true, false);
+            request.count_sends(observation.as_deref_mut(), true, false);
             let (shared, kept) = (Arc::clone(&channel), KeptBody::of(&body));
             let hedged = hedge(shared, request, kept, policy, deadline);
             return Ok(Self::Retry(channel, hedged));
@@ -283,7 +289,7 @@ impl State {
         let (Some(channel), Some(mut request)) = (core.take(), call.take()) else {
             return Ok(Self::Done);
         };
-        request.count_sends(record.as_deref_mut(), false, false);
+        request.count_sends(observation.as_deref_mut(), false, false);
         let retrying = retry_loop::run(
             Arc::clone(&channel),
             request,

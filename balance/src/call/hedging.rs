@@ -99,10 +99,22 @@ impl Hedging {
 
     /// Waits for a permit, in the same way as a call without hedging. Used only while no attempt is in flight.
     async fn first_permit(&mut self) -> Result<Result<Permit, Status>, Deadline> {
-        let Conclusion { core, call, .. } = &self.conclusion;
+        let Conclusion {
+            core,
+            call,
+            deadline,
+            ..
+        } = &mut self.conclusion;
+        call.start_span(self.sent);
         let picked = pick_prepared(core, call, None, &mut self.history);
-        let picked = before_deadline(self.conclusion.deadline, picked).await?;
-        Ok(picked.map_err(PickError::into_status))
+        let picked = before_deadline(*deadline, picked).await;
+        let picked = picked.map(|picked| picked.map_err(PickError::into_status));
+        match &picked {
+            Ok(Ok(_)) => {}
+            Ok(Err(status)) => call.end_unsent_span(status.code()),
+            Err(_) => call.end_unsent_span(Code::DeadlineExceeded),
+        }
+        picked
     }
 
     /// Sends one attempt. Returns true if it was sent, and false if the connection did not accept it.

@@ -21,6 +21,7 @@ mod hedging;
 mod history;
 mod http_status;
 mod kept_fields;
+mod observation;
 mod prepare;
 mod request;
 mod request_headers;

@@ -5,9 +5,13 @@ use std::sync::Arc;
 use bytes::Bytes;
 use http::{Extensions, Method, Uri};
 use tokio::time::Instant;
+use tonic::Code;
 
+use super::observation::CallObservation;
 use super::request_headers::Headers;
-use crate::metrics::{CallRecord, MethodMetrics, Sends};
+use crate::balance::AttemptObservation;
+use crate::metrics::{AttemptRecord, MethodMetrics, Sends, SentSize};
+use crate::traces::CallTrace;
 use crate::transport::request_body::Outgoing;
 
 /// The kept part of a request, without its body.
@@ -21,6 +25,8 @@ pub(super) struct Call {
     pub(super) metrics: Option<Arc<MethodMetrics>>,
     /// The count of the sends, if metrics are enabled and the call has left the common path.
     pub(super) sends: Option<Arc<Sends>>,
+    /// Starts the spans of attempts, if traces are enabled.
+    pub(super) trace: Option<Box<CallTrace>>,
 }
 
 impl Call {
@@ -32,11 +38,44 @@ impl Call {
     /// Starts to count the sends, when the call leaves the common path. `sent` states whether it was already sent once.
     pub(super) fn count_sends(
         &mut self,
-        record: Option<&mut CallRecord>,
+        observation: Option<&mut CallObservation>,
         hedged: bool,
         sent: bool,
     ) {
-        self.sends = record.map(|record| record.count_sends(hedged, sent));
+        self.sends = observation.and_then(|observation| observation.count_sends(hedged, sent));
+    }
+
+    /// Starts the span of an attempt, unless it was started already. `previous` is the number of earlier attempts.
+    pub(super) fn start_span(&mut self, previous: u32) {
+        if let Some(trace) = &mut self.trace {
+            trace.start_attempt(self.uri.path(), previous);
+        }
+    }
+
+    /// Returns the metrics and the span of an attempt that was sent. `sent` is the size of its request messages, if metrics are enabled.
+    pub(super) fn observe(
+        &mut self,
+        sent: Option<SentSize>,
+        previous: u32,
+        now: Instant,
+    ) -> AttemptObservation {
+        let span = self.trace.as_mut().and_then(|trace| trace.take_sent());
+        let measured = self.metrics.as_ref().zip(sent);
+        if let (Some(sends), Some(_)) = (&self.sends, &measured) {
+            sends.on_sent(previous, now);
+        }
+        AttemptObservation {
+            metrics: measured
+                .map(|(method, sent)| AttemptRecord::start(Arc::clone(method), sent, now)),
+            span,
+        }
+    }
+
+    /// Ends the span of an attempt that was not sent.
+    pub(super) fn end_unsent_span(&mut self, code: Code) {
+        if let Some(trace) = &mut self.trace {
+            trace.end_unsent(code);
+        }
     }
 
     /// Records that no attempt of the call is active.

@@ -11,13 +11,15 @@ use super::core::Core;
 use super::history::History;
 use super::status;
 use crate::balance::{Permit, Pick, SCAN_LIMIT, Summary};
+use crate::traces::CallTrace;
 
 /// Picks a connection that the call has not tried, and waits until one is available. Returns an error if no such connection is expected to
-/// become available.
+/// become available. `trace` receives the events of the wait.
 pub(super) async fn wait_for_endpoint(
     core: &Core,
     history: &mut History,
     wait_for_ready: bool,
+    trace: Option<&CallTrace>,
 ) -> Result<Permit, Status> {
     // Yields to the scheduler when the task's cooperative budget is used up. Otherwise, a caller that retries failing calls in a tight loop
     // would starve the channel's background task (the driver), although the calls wait for this task.
@@ -27,6 +29,7 @@ pub(super) async fn wait_for_endpoint(
         return Err(history.take_status(core, &shared.summary(), "refused"));
     }
     let mut waiting = None;
+    let mut delays = Delays::new(trace);
     // For a short time, the call waits for a stream of a full endpoint instead of using an endpoint where it has failed.
     let mut avoid_until = history
         .avoids()
@@ -50,8 +53,12 @@ pub(super) async fn wait_for_endpoint(
                 0
             };
             let snapshot = shared.snapshot(scan_limit.max(SCAN_LIMIT));
+            delays.on_snapshot(snapshot.summary());
             let next = match history.pick(&snapshot, avoid_until.is_some()) {
-                Pick::Taken(permit) => return Ok(permit),
+                Pick::Taken(permit) => {
+                    delays.on_picked();
+                    return Ok(permit);
+                }
                 Pick::Excluded if history.is_refusal_final() => Next::fail("refused"),
                 Pick::Full | Pick::Excluded => {
                     Next::Wait([avoid_until, silent_until].into_iter().flatten().min())
@@ -70,13 +77,17 @@ pub(super) async fn wait_for_endpoint(
             let waiters = shared.waiters();
             let joined = waiters.join(history.exclusions(avoid_until.is_some()));
             waiting = Some(joined.ok_or_else(|| status::wait_queue_full(core, waiters.limit()))?);
+            delays.has_waited = true;
             // From now on, the queue hands streams that become free to this call. The next iteration searches the set for streams that
             // became free earlier.
             continue;
         };
         tokio::select! {
             biased;
-            permit = queued.permit() => return Ok(permit),
+            permit = queued.permit() => {
+                delays.on_picked();
+                return Ok(permit);
+            }
             () = changed => {}
             () = sleep_until(until) => {}
         }
@@ -119,6 +130,50 @@ pub(crate) async fn ready(core: &Core) -> Result<(), Status> {
         tokio::select! {
             () = changed => {}
             () = tokio::time::sleep_until(until) => {}
+        }
+    }
+}
+
+/// Reports the delays of a call to its trace.
+struct Delays<'a> {
+    trace: Option<&'a CallTrace>,
+    is_unresolved: bool,
+    has_waited: bool,
+}
+
+impl<'a> Delays<'a> {
+    fn new(trace: Option<&'a CallTrace>) -> Self {
+        Self {
+            trace,
+            is_unresolved: false,
+            has_waited: false,
+        }
+    }
+
+    fn on_snapshot(&mut self, summary: &Summary) {
+        if !summary.known {
+            self.is_unresolved = true;
+        } else if self.is_unresolved {
+            self.on_resolved();
+        }
+    }
+
+    fn on_resolved(&mut self) {
+        self.is_unresolved = false;
+        if let Some(trace) = self.trace {
+            trace.on_resolved();
+        }
+    }
+
+    fn on_picked(&mut self) {
+        // The queue can hand over a permit before the call has read that the endpoints are known.
+        if self.is_unresolved {
+            self.on_resolved();
+        }
+        if let Some(trace) = self.trace
+            && self.has_waited
+        {
+            trace.on_picked();
         }
     }
 }

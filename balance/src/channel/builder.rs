@@ -23,6 +23,7 @@ use crate::call::Core;
 use crate::call::retry::method_config::MethodConfigBuilder;
 use crate::causes::causes;
 use crate::metrics::{ChannelMetrics, Metrics};
+use crate::traces::Traces;
 use crate::transport::connect::Connector;
 use crate::transport::deadline;
 use crate::transport::health_client::HealthCheck;
@@ -57,6 +58,7 @@ pub(super) struct Config {
     health_check: Option<String>,
     pub(super) keep_alive: KeepAliveOptions,
     metrics: Option<Metrics>,
+    traces: Option<Traces>,
     /// The first invalid option or address, with the reason.
     invalid: Option<String>,
 }
@@ -304,6 +306,13 @@ impl<S> ChannelBuilder<S> {
         self
     }
 
+    /// Enables traces: each call and each of its attempts has a span of the crate `tracing`. Disabled by default. The channels of a registry
+    /// have the traces of the registry. The module [`traces`](crate::traces) describes the spans.
+    pub fn traces(mut self, traces: Traces) -> Self {
+        self.config.traces = Some(traces);
+        self
+    }
+
     /// Sets the policy for the addresses that host names resolve to. Default: the policy of the source, or else [`AddressPolicy::default`].
     pub fn address_policy(mut self, policy: AddressPolicy) -> Self {
         self.config.address_policy = Some(policy);
@@ -334,6 +343,7 @@ impl ChannelBuilder {
             health_check: None,
             keep_alive: KeepAliveOptions::default(),
             metrics: None,
+            traces: None,
             invalid: None,
         };
         Self { source: (), config }
@@ -560,6 +570,7 @@ impl Config {
             is_single_threaded: is_single_threaded(),
             method_config: self.methods.build(),
             metrics,
+            traces: self.traces,
             _gauges: gauges,
             source_error,
             source_handle: handle,
