@@ -73,7 +73,7 @@ test: setup ## Run all tests
 	@echo "with $$("$${ETCD_BIN:-etcd}" --version | sed -n 1p), $$("$${PROTOC:-protoc}" --version)"
 	@command -v go >/dev/null && go version || echo "left out: the tests with grpc-go (there is no Go)"
 	$(CARGO) test --locked --workspace --all-features --no-run
-	$(CARGO) test --locked --workspace --all-features --lib --bins --examples $(REST:%=--test %) --test command --test sdk
+	$(CARGO) test --locked --workspace --all-features --lib --bins --examples $(REST:%=--test %) --test command --test sdk --test propagation
 	RUST_TEST_THREADS=$(TEST_THREADS) $(CARGO) test --locked --all-features $(WAITING:%=--test %)
 	$(CARGO) test --locked --workspace --all-features --doc
 

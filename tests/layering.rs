@@ -26,7 +26,7 @@ const PACKAGES: &[Package] = &[
     Package {
         name: "tonic-balance",
         sources: concat!(env!("CARGO_MANIFEST_DIR"), "/balance/src"),
-        vocabulary: &["address", "attributes", "causes", "metrics"],
+        vocabulary: &["address", "attributes", "causes", "metrics", "traces"],
         allowed: &[
             ("transport", &[]),
             ("balance", &["transport"]),

@@ -343,6 +343,29 @@ mod metrics {
     }
 }
 
+mod traces {
+    use opentelemetry::trace::TracerProvider;
+    use opentelemetry_sdk::propagation::TraceContextPropagator;
+    use opentelemetry_sdk::trace::SdkTracerProvider;
+    use tonic_etcd::{BalancedChannel, Registry, traces::Traces};
+    use tonic_etcd_opentelemetry::inject;
+    use tracing_subscriber::layer::SubscriberExt;
+    use tracing_subscriber::util::SubscriberInitExt;
+
+    async fn traced(
+        provider: &SdkTracerProvider,
+    ) -> Result<BalancedChannel, Box<dyn std::error::Error>> {
+        let layer = tracing_opentelemetry::layer().with_tracer(provider.tracer("greeter"));
+        tracing_subscriber::registry().with(layer).init();
+        let traces = Traces::new().propagator(inject(TraceContextPropagator::new()));
+        let registry = Registry::builder(["127.0.0.1:2379"])
+            .traces(traces)
+            .connect()
+            .await?;
+        Ok(registry.channel("helloworld.Greeter").connect().await?)
+    }
+}
+
 mod errors {
     use std::error::Error;
 

@@ -25,11 +25,11 @@ impl AttemptObservation {
     /// Ends the attempt.
     // Not inlined, so that the drop of a permit without an observation stays short.
     #[inline(never)]
-    pub(super) fn end(self, code: Code, endpoint: &Endpoint) {
+    pub(super) fn end(self, code: Code, endpoint: &Endpoint, now: Instant) {
         if let Some(metrics) = self.metrics {
             let zone = metrics.has_zones().then(|| endpoint.zone()).flatten();
             let zone = zone.as_deref().map_or("", |zone| zone);
-            metrics.end(code, zone, Instant::now());
+            metrics.end(code, zone, now);
         }
         if let Some(span) = self.span {
             span.end(code);

@@ -131,8 +131,15 @@ impl Permit {
 
     /// Ends the metrics and the span of the attempt. Later ends have no effect. A permit that is dropped before counts as a cancelled attempt.
     pub(crate) fn end_attempt(&mut self, code: Code) {
+        if self.observation.is_some() {
+            self.end_attempt_at(code, Instant::now());
+        }
+    }
+
+    /// Does the same as [`end_attempt`](Self::end_attempt), with a time that the caller has read already.
+    pub(crate) fn end_attempt_at(&mut self, code: Code, now: Instant) {
         if let Some(observation) = self.observation.take() {
-            observation.end(code, self.connection.endpoint());
+            observation.end(code, self.connection.endpoint(), now);
         }
     }
 

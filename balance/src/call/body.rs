@@ -80,7 +80,7 @@ impl ResponseBody {
     pub(super) fn observe(&mut self, mut observation: Box<CallObservation>) {
         match &mut self.stream {
             Some(stream) => stream.observation = Some(observation),
-            None => observation.end(Code::Ok),
+            None => observation.end(Code::Ok, Instant::now()),
         }
     }
 }
@@ -167,12 +167,14 @@ impl Body for ResponseBody {
 }
 
 impl Stream {
-    /// Ends the metrics and the spans of the attempt and of the call.
+    /// Ends the metrics and the spans of the attempt and of the call. Either both have an observation, or neither has one.
     fn on_end(&mut self, code: Code) {
-        self.permit.end_attempt(code);
-        if let Some(observation) = &mut self.observation {
-            observation.end(code);
-        }
+        let Some(observation) = &mut self.observation else {
+            return;
+        };
+        let now = Instant::now();
+        self.permit.end_attempt_at(code, now);
+        observation.end(code, now);
     }
 
     fn fail(&mut self, broken: Broken) -> Status {

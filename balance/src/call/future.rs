@@ -79,7 +79,7 @@ impl ResponseFuture {
         let (span, trace) = traces
             .and_then(|traces| traces.start(head.uri.path()))
             .unzip();
-        let observation = CallObservation::start(metrics.as_ref(), span);
+        let observation = span.map(CallObservation::traced);
         let wait = head.extensions.get::<WaitForReady>();
         let wait_for_ready = wait.map_or(core.wait_for_ready, |wait| wait.0);
         let call = Call {
@@ -111,6 +111,7 @@ impl ResponseFuture {
         if let (State::New(body), Some(core), Some(mut call)) =
             (state, this.core.take(), this.call.take())
         {
+            CallObservation::measure(&mut this.observation, &call, Instant::now());
             call.count_sends(this.observation.as_deref_mut(), false, false);
             let history = History::with_routing(routing, core.shared().given_up());
             let deadline = this.deadline;
@@ -169,7 +170,7 @@ impl Future for ResponseFuture {
             _ => return Poll::Pending,
         };
         if let Some(mut observation) = this.observation.take() {
-            observation.end(status.code());
+            observation.end(status.code(), Instant::now());
         }
         Poll::Ready(Err(status))
     }
@@ -182,7 +183,7 @@ fn pass_on(
 ) {
     match outcome {
         Ok(response) => response.body_mut().observe(observation),
-        Err(status) => observation.end(status.code()),
+        Err(status) => observation.end(status.code(), Instant::now()),
     }
 }
 
@@ -201,8 +202,12 @@ impl State {
                     let Self::New(body) = std::mem::replace(self, Self::Done) else {
                         return Poll::Pending;
                     };
+                    let now = Instant::now();
+                    if let Some(call) = call {
+                        CallObservation::measure(observation, call, now);
+                    }
                     let body = Outgoing::gather(body, cx)?;
-                    Self::send(core, call, observation, deadline, body)?
+                    Self::send(core, call, observation, deadline, body, now)?
                 }
                 Self::Sent(attempt) => {
                     let mut head = ready!(attempt.exchange.poll_head(cx));
@@ -245,11 +250,11 @@ impl State {
         observation: &mut Option<Box<CallObservation>>,
         deadline: Option<Deadline>,
         body: Outgoing,
+        now: Instant,
     ) -> Result<Self, Status> {
         let (Some(channel), Some(request)) = (core.as_ref(), call.as_mut()) else {
             return Ok(Self::Done);
         };
-        let now = Instant::now();
         if let Some(deadline) = deadline.filter(|deadline| now >= deadline.at()) {
             return Err(status::deadline_exceeded(
                 channel,

@@ -5,7 +5,8 @@ use std::sync::Arc;
 use tokio::time::Instant;
 use tonic::Code;
 
-use crate::metrics::{CallRecord, MethodMetrics, Sends};
+use super::request::Call;
+use crate::metrics::{CallRecord, Sends};
 use crate::traces::OpenSpan;
 
 /// The metrics and the span of a call that has not ended, as far as they are enabled. The future of the call holds this value, then the body
@@ -17,16 +18,29 @@ pub(super) struct CallObservation {
 }
 
 impl CallObservation {
-    /// Starts the metrics of a call. Returns `None` if neither metrics nor traces are enabled.
-    pub(super) fn start(
-        metrics: Option<&Arc<MethodMetrics>>,
-        span: Option<OpenSpan>,
-    ) -> Option<Box<Self>> {
-        if metrics.is_none() && span.is_none() {
-            return None;
+    /// Creates the value for a call with a span.
+    pub(super) fn traced(span: OpenSpan) -> Box<Self> {
+        Box::new(Self {
+            metrics: None,
+            span: Some(span),
+        })
+    }
+
+    /// Starts the metrics of a call, if they are enabled.
+    pub(super) fn measure(this: &mut Option<Box<Self>>, call: &Call, now: Instant) {
+        let Some(method) = &call.metrics else {
+            return;
+        };
+        let metrics = Some(CallRecord::start(Arc::clone(method), now));
+        match this {
+            Some(observation) => observation.metrics = metrics,
+            None => {
+                *this = Some(Box::new(Self {
+                    metrics,
+                    span: None,
+                }));
+            }
         }
-        let metrics = metrics.map(|method| CallRecord::start(Arc::clone(method), Instant::now()));
-        Some(Box::new(Self { metrics, span }))
     }
 
     /// Starts to count the sends of a call that leaves the common path, if metrics are enabled. `sent` states whether the call was already
@@ -37,9 +51,9 @@ impl CallObservation {
     }
 
     /// Records the end of the call. Later ends have no effect.
-    pub(super) fn end(&mut self, code: Code) {
+    pub(super) fn end(&mut self, code: Code, now: Instant) {
         if let Some(metrics) = &mut self.metrics {
-            metrics.end(code);
+            metrics.end(code, now);
         }
         if let Some(span) = &mut self.span {
             span.end(code);
