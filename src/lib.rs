@@ -90,9 +90,10 @@ pub mod channel {
     pub use crate::registry::channel_status::{BalancedChannelExt, ChannelStatus, EndpointReport};
     pub use tonic_balance::channel::{
         Addresses, Attributes, ChannelBuilder, Discover, EndpointSource, EndpointState,
-        EndpointStatus, Endpoints, FailurePercentageEjection, HedgingPolicy, OutlierDetection,
-        ResponseBody, ResponseFuture, RetryBudget, Routing, ServedBy, SourceContext,
-        SuccessRateEjection, WaitForReady,
+        EndpointStatus, Endpoints, FailurePercentageEjection, HashKey, HedgingPolicy,
+        OutlierDetection, PickInfo, PickPolicy, ReadyEndpoint, ReadyEndpoints, ResponseBody,
+        ResponseFuture, RetryBudget, Routing, Select, ServedBy, SourceContext, SuccessRateEjection,
+        TrafficSplit, WaitForReady,
     };
 }
 pub mod error;

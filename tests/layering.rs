@@ -36,6 +36,7 @@ const PACKAGES: &[Package] = &[
         pure: &[
             "call/retry",
             "balance/estimate",
+            "balance/hash_ring",
             "balance/latencies",
             "balance/outlier",
             "balance/zone",

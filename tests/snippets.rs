@@ -343,6 +343,76 @@ mod metrics {
     }
 }
 
+async fn policies_1(
+    mut client: GreeterClient<tonic_etcd::BalancedChannel>,
+) -> Result<(), Box<dyn Error>> {
+    use greeter::HelloRequest;
+
+    use tonic_etcd::channel::Select;
+
+    let mut request = tonic::Request::new(HelloRequest::default());
+    request.extensions_mut().insert(Select::version("1.2"));
+    let reply = client.say_hello(request).await?;
+    Ok(())
+}
+
+async fn policies_2(registry: Registry) -> Result<(), Box<dyn Error>> {
+    use tonic_etcd::channel::TrafficSplit;
+
+    let channel = registry
+        .channel("helloworld.Greeter")
+        .split(TrafficSplit::new().version("1.2", 5).rest(95))
+        .connect()
+        .await?;
+    // Later, while calls run:
+    channel.set_split(TrafficSplit::new().version("1.2", 50).rest(50))?;
+    Ok(())
+}
+
+async fn policies_3(registry: Registry) -> Result<(), Box<dyn Error>> {
+    use greeter::HelloRequest;
+
+    use tonic_etcd::{LbPolicy, channel::HashKey};
+
+    let channel = registry
+        .channel("helloworld.Greeter")
+        .policy(LbPolicy::RingHash)
+        .request_hash_header("x-customer-id")
+        .connect()
+        .await?;
+    let mut client = GreeterClient::new(channel);
+    let mut request = tonic::Request::new(HelloRequest::default());
+    // Takes precedence over the header.
+    request.extensions_mut().insert(HashKey::new("customer-17"));
+    client.say_hello(request).await?;
+    Ok(())
+}
+
+async fn policies_4(registry: Registry) -> Result<(), Box<dyn Error>> {
+    use tonic_etcd::channel::{PickInfo, PickPolicy, ReadyEndpoints};
+
+    /// Sends the calls of a tenant to the servers with the metadata entry `tenant` of this tenant.
+    struct ByTenant;
+
+    impl PickPolicy for ByTenant {
+        fn pick(&self, call: &PickInfo, endpoints: &ReadyEndpoints<'_>) -> Option<usize> {
+            let tenant = call.headers().get("x-tenant")?.to_str().ok()?;
+            let own = endpoints.iter().enumerate().filter(|(_, endpoint)| {
+                endpoint.is_usable() && endpoint.attributes().label("tenant") == Some(tenant)
+            });
+            own.min_by_key(|(_, endpoint)| endpoint.in_flight())
+                .map(|(index, _)| index)
+        }
+    }
+
+    let channel = registry
+        .channel("helloworld.Greeter")
+        .pick_policy(ByTenant)
+        .connect()
+        .await?;
+    Ok(())
+}
+
 mod errors {
     use std::error::Error;
 

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
-use arc_swap::ArcSwapOption;
+use arc_swap::{ArcSwap, Guard};
 use http::StatusCode;
 use http::uri::Authority;
 use tokio::sync::Semaphore;
@@ -13,6 +13,8 @@ use tokio::time::Instant;
 
 use super::dial_permit::DialPermit;
 use super::estimate::Estimate;
+use super::hash_key::hash;
+use super::hash_ring::Name;
 use super::load::LoadHandle;
 use super::outlier::Counts;
 use crate::address::Address;
@@ -41,8 +43,8 @@ pub(crate) struct Endpoint {
     last_fault: AtomicU32,
     /// The number of consecutive responses that were not gRPC.
     not_grpc: AtomicU32,
-    /// The zone, for the metrics.
-    zone: ArcSwapOption<Box<str>>,
+    /// The attributes, for calls that select endpoints by them, and for the metrics.
+    attributes: ArcSwap<Attributes>,
     details: Mutex<Details>,
 }
 
@@ -95,7 +97,7 @@ impl Endpoint {
             dial_permits: Arc::new(Semaphore::new(DIAL_PERMITS)),
             last_fault: AtomicU32::new(0),
             not_grpc: AtomicU32::new(0),
-            zone: ArcSwapOption::empty(),
+            attributes: ArcSwap::from_pointee(Attributes::new()),
             details: Mutex::new(Details {
                 state: EndpointState::Idle,
                 since: Instant::now(),
@@ -130,15 +132,22 @@ impl Endpoint {
     }
 
     pub(super) fn set_attributes(&self, attributes: &Attributes) {
-        let zone = attributes.zone().map(|zone| Arc::new(zone.into()));
-        self.zone.store(zone);
+        self.attributes.store(Arc::new(attributes.clone()));
         let mut details = self.lock();
         details.weight = attributes.weight();
         details.last_resort = attributes.is_last_resort();
     }
 
-    pub(super) fn zone(&self) -> Option<Arc<Box<str>>> {
-        self.zone.load_full()
+    /// Returns the hash of the endpoint's name for the consistent hash, and its weight. The weight is that of the attributes: neither slow
+    /// start nor the zone moves keys.
+    pub(super) fn name(&self) -> Name {
+        let attributes = self.attributes();
+        let name = attributes.hash_key().unwrap_or(self.address.as_str());
+        (hash(name.as_bytes()), attributes.weight())
+    }
+
+    pub(crate) fn attributes(&self) -> Guard<Arc<Attributes>> {
+        self.attributes.load()
     }
 
     pub(super) fn set_ejected(&self, ejected: bool) {

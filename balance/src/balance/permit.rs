@@ -140,9 +140,9 @@ impl Permit {
     #[inline(never)]
     fn end_record(&self, record: AttemptRecord, code: Code) {
         let endpoint = self.connection.endpoint();
-        let zone = record.has_zones().then(|| endpoint.zone()).flatten();
-        let zone = zone.as_deref().map_or("", |zone| zone);
-        record.end(code, zone, Instant::now());
+        let attributes = record.has_zones().then(|| endpoint.attributes());
+        let zone = attributes.as_ref().and_then(|attributes| attributes.zone());
+        record.end(code, zone.unwrap_or_default(), Instant::now());
     }
 
     /// Records that the peer has sent a gRPC status and therefore is a gRPC server.

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use arc_swap::{ArcSwap, Guard};
+use arc_swap::ArcSwap;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
@@ -14,11 +14,16 @@ use super::estimate::Reference;
 use super::load::Loads;
 use super::options::Options;
 use super::permit::Permit;
+use super::pick_key::PickKey;
+use super::pick_policy::PickPolicy;
 use super::picker::{Pick, Picker, SCAN_LIMIT};
-use super::ready_connection::{ReadyConnection, ReadyEntry};
-use super::ready_set::ReadySet;
+use super::ready_connection::ReadyConnection;
+use super::select::Criterion;
+use super::snapshot::{Picking, Published, Snapshot};
 use super::stream_queue::Waiters;
 use super::summary::Summary;
+use super::traffic_split::TrafficSplit;
+use super::wanted::Wanted;
 use crate::address::Address;
 use crate::transport::connect::{Connector, DialError, DialHistory};
 
@@ -30,11 +35,11 @@ pub(crate) struct Shared {
     pub(super) changed: Notify,
     /// Wakes the driver when a call waits, when the caller has given up a connection, when a call has found a connection dead, or when a
     /// call has reported a response that is not gRPC.
-    pub(super) demand: Notify,
+    pub(super) demand: Arc<Notify>,
     /// Connections that callers have given up (`BalancedChannel::reconnect`), until the driver has removed them from the ready set.
     given_up: Mutex<Vec<Arc<ReadyConnection>>>,
     pub(super) waiters: Arc<Waiters>,
-    picker: Picker,
+    picking: Picking,
     pub(super) directory: Mutex<HashMap<Address, Arc<Endpoint>>>,
     /// Dials the private connections, which carry one call each.
     connector: Arc<Connector>,
@@ -47,23 +52,31 @@ pub(crate) struct Shared {
     ended: OnceLock<Arc<str>>,
     /// Endpoints whose responses are not gRPC, as reported by calls.
     not_grpc: Mutex<Vec<Arc<Endpoint>>>,
+    /// A new traffic split, until the driver has applied it.
+    split: Mutex<Option<TrafficSplit>>,
     pub(super) started: Instant,
 }
 
 impl Shared {
     pub(super) fn new(options: &Options, connector: Arc<Connector>) -> Self {
+        let demand = Arc::new(Notify::new());
         Self {
             connector,
             found_dead: AtomicBool::new(false),
             call_waits: AtomicBool::new(false),
             ended: OnceLock::new(),
             not_grpc: Mutex::new(Vec::new()),
+            split: Mutex::new(None),
             published: ArcSwap::from_pointee(Published::default()),
             changed: Notify::new(),
-            demand: Notify::new(),
+            demand: Arc::clone(&demand),
             given_up: Mutex::new(Vec::new()),
             waiters: Arc::new(Waiters::new(options.max_waiters)),
-            picker: Picker::new(options.policy, options.seed),
+            picking: Picking {
+                picker: Picker::new(options.policy, options.seed),
+                pick_policy: options.pick_policy.clone(),
+                wanted: Wanted::new(demand),
+            },
             directory: Mutex::new(HashMap::new()),
             started: Instant::now(),
         }
@@ -73,18 +86,60 @@ impl Shared {
     ///
     /// The permit refers to the connection and not to an index of the set. So the call cannot reach a different endpoint, even if the
     /// driver replaces the set between the pick and the send.
-    pub(crate) fn pick(&self, usable: impl Fn(&Arc<ReadyConnection>) -> bool) -> Pick<Permit> {
-        self.snapshot(SCAN_LIMIT).pick(usable)
+    pub(crate) fn pick(
+        &self,
+        key: &PickKey,
+        usable: impl Fn(&Arc<ReadyConnection>) -> bool,
+    ) -> Pick<Permit> {
+        self.snapshot(key, SCAN_LIMIT).pick(usable)
     }
 
     /// Returns the published state. A pick from it draws a few connections. If none of them can take the call, the pick scans at most
     /// `scan_limit` slots of the set.
-    pub(crate) fn snapshot(&self, scan_limit: usize) -> Snapshot<'_> {
-        Snapshot {
-            picker: &self.picker,
-            published: self.published.load(),
-            scan_limit,
-        }
+    pub(crate) fn snapshot<'a>(&'a self, key: &'a PickKey, scan_limit: usize) -> Snapshot<'a> {
+        let published = self.published.load();
+        Snapshot::new(&self.picking, published, key, scan_limit)
+    }
+
+    /// Returns whether picks use data of the call even if the call selects no endpoints.
+    pub(crate) fn uses_call_data(&self) -> bool {
+        self.uses_hashes() || self.picking.pick_policy.is_some()
+    }
+
+    pub(crate) fn pick_policy(&self) -> Option<&dyn PickPolicy> {
+        self.picking.policy()
+    }
+
+    /// Returns whether picks use the hash of a call.
+    pub(crate) fn uses_hashes(&self) -> bool {
+        self.picking.picker.uses_hashes()
+    }
+
+    /// Removes and returns the criteria for which calls have requested a ready set.
+    pub(super) fn take_wanted(&self) -> Vec<Criterion> {
+        self.picking.wanted.take()
+    }
+
+    /// Replaces the traffic split. Calls use the new split as soon as the driver has published its ready sets.
+    pub(crate) fn set_split(&self, split: TrafficSplit) {
+        *lock(&self.split) = Some(split);
+        self.demand.notify_one();
+    }
+
+    /// Returns whether the driver has published the ready sets of the last traffic split.
+    #[cfg(test)]
+    pub(crate) fn has_applied_split(&self) -> bool {
+        lock(&self.split).is_none()
+    }
+
+    /// Returns the new traffic split, if the driver has not applied it yet.
+    pub(super) fn new_split(&self) -> Option<TrafficSplit> {
+        lock(&self.split).clone()
+    }
+
+    /// Records that the driver has applied a traffic split.
+    pub(super) fn on_split_applied(&self, split: &TrafficSplit) {
+        lock(&self.split).take_if(|new| new == split);
     }
 
     /// Returns the summary of the published state.
@@ -213,10 +268,15 @@ impl Shared {
 
     /// Returns the current status of every endpoint, sorted by address.
     pub(crate) fn endpoints(&self) -> Vec<EndpointStatus> {
-        let known: Vec<_> = self.directory().values().cloned().collect();
+        let known = self.known();
         let mut statuses: Vec<_> = known.iter().map(|endpoint| endpoint.status()).collect();
         statuses.sort_by(|a, b| a.address.cmp(&b.address));
         statuses
+    }
+
+    /// Returns every endpoint.
+    pub(crate) fn known(&self) -> Vec<Arc<Endpoint>> {
+        self.directory().values().cloned().collect()
     }
 
     /// Returns the current state of every endpoint.
@@ -241,8 +301,11 @@ impl Shared {
             pending: 0,
             ..summary.clone()
         };
-        let ready = ReadySet::default();
-        self.published.store(Arc::new(Published { ready, summary }));
+        let published = Published {
+            summary,
+            ..Published::default()
+        };
+        self.published.store(Arc::new(published));
         self.changed.notify_waiters();
     }
 
@@ -266,41 +329,9 @@ impl Shared {
     }
 }
 
-/// A published state: a ready set and the matching summary.
-#[derive(Debug, Default)]
-pub(super) struct Published {
-    pub(super) ready: ReadySet<ReadyEntry>,
-    pub(super) summary: Summary,
-}
-
-/// One published state, for two steps: a pick, and if the pick finds no connection, the decision whether the call waits or fails. If each
-/// step loaded the state, an endpoint could become ready in between. The pick would then find no ready endpoint, the decision would find no
-/// pending endpoint, and the call would fail.
-#[derive(Debug)]
-pub(crate) struct Snapshot<'a> {
-    pub(super) picker: &'a Picker,
-    pub(super) published: Guard<Arc<Published>>,
-    scan_limit: usize,
-}
-
-impl Snapshot<'_> {
-    /// Picks as [`Shared::pick`] does.
-    pub(crate) fn pick(&self, usable: impl Fn(&Arc<ReadyConnection>) -> bool) -> Pick<Permit> {
-        let usable = |entry: &ReadyEntry| usable(entry.connection());
-        match self
-            .picker
-            .pick(&self.published.ready, usable, self.scan_limit)
-        {
-            Pick::Taken(entry) => Pick::Taken(Permit::reserved(entry.connection())),
-            Pick::Full => Pick::Full,
-            Pick::Excluded => Pick::Excluded,
-            Pick::Empty => Pick::Empty,
-        }
-    }
-
-    pub(crate) fn summary(&self) -> &Summary {
-        &self.published.summary
-    }
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // No code panics while it holds one of these locks.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Number of consecutive responses that are not gRPC, after which an endpoint no longer counts as a gRPC server. A single such response is

@@ -5,14 +5,15 @@ use std::sync::Arc;
 use std::task::Context;
 use std::time::Duration;
 
+use http::request::Parts;
 use http::uri::{Authority, Scheme};
-use http::{HeaderValue, Response, Uri};
+use http::{HeaderName, HeaderValue, Response, Uri};
 
 use super::http_status;
 use super::request::{Call, KeptBody};
 use super::retry::method_config::MethodConfig;
 use super::retry::{HedgingPolicy, RetryPolicy};
-use crate::balance::{Balancer, Gauges, Shared};
+use crate::balance::{Balancer, Details, Gauges, HashKey, PickInfo, PickKey, Select, Shared, hash};
 use crate::metrics::ChannelMetrics;
 use crate::transport::response_body::Incoming;
 
@@ -28,6 +29,8 @@ pub(crate) struct Core {
     /// The default timeout of calls, and its value for the `grpc-timeout` header.
     pub(crate) timeout: Option<(Duration, HeaderValue)>,
     pub(crate) wait_for_ready: bool,
+    /// The header whose value is the key of a call for the consistent hash.
+    pub(crate) hash_header: Option<HeaderName>,
     pub(crate) startup_timeout: Duration,
     /// The error message of a call if the set of endpoints is still unknown after the startup timeout.
     pub(crate) unknown: &'static str,
@@ -48,6 +51,48 @@ pub(crate) struct Core {
 impl Core {
     pub(crate) fn shared(&self) -> &Arc<Shared> {
         self.balancer.shared()
+    }
+
+    /// Returns what the picks of a call depend on. A program that has never created a [`Select`] does not search for one.
+    pub(super) fn pick_key(&self, head: &Parts) -> PickKey {
+        if !Select::is_used() && !self.shared().uses_call_data() {
+            return PickKey::Any;
+        }
+        let provided = self.shared().pick_policy();
+        let call = || {
+            PickInfo::new(
+                head.uri.clone(),
+                head.headers.clone(),
+                head.extensions.clone(),
+            )
+        };
+        let uses_hashes = self.shared().uses_hashes();
+        PickKey::new(Details {
+            select: head.extensions.get::<Select>().cloned(),
+            hash: uses_hashes.then(|| self.hash(head)).flatten(),
+            call: provided.map(|_| call()),
+        })
+    }
+
+    /// Returns the hash of a call: that of its extension, or else that of the value of its header. Several values are joined by commas, as
+    /// in gRFC A42.
+    fn hash(&self, head: &Parts) -> Option<u64> {
+        if let Some(key) = head.extensions.get::<HashKey>() {
+            return Some(key.hash());
+        }
+        let mut values = head.headers.get_all(self.hash_header.as_ref()?).iter();
+        let first = values.next()?.as_bytes();
+        let mut values = values.peekable();
+        if values.peek().is_none() {
+            return Some(hash(first));
+        }
+        let others = values.flat_map(|value| [&b","[..], value.as_bytes()]);
+        Some(hash(
+            &std::iter::once(first)
+                .chain(others)
+                .collect::<Vec<_>>()
+                .concat(),
+        ))
     }
 
     /// Returns the URI of a call to an endpoint. The authority is taken from the channel, or else from the request, or else from the

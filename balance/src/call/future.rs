@@ -60,6 +60,7 @@ enum State {
 impl ResponseFuture {
     pub(crate) fn new(core: Arc<Core>, request: Request<Body>) -> Self {
         let (mut head, body) = request.into_parts();
+        let pick_key = core.pick_key(&head);
         request_headers::set_user_agent(&core.user_agent, &mut head.headers);
         let mut headers = Headers::new(head.headers, &core.user_agent);
         if headers.timeout().is_none()
@@ -86,6 +87,7 @@ impl ResponseFuture {
             headers,
             extensions: head.extensions,
             wait_for_ready,
+            pick_key,
             metrics,
             sends: None,
         };
@@ -267,7 +269,7 @@ impl State {
             return Ok(Self::Retry(channel, hedged));
         }
         let mut history = History::default();
-        let (body, permit) = match channel.shared().pick(|_| true) {
+        let (body, permit) = match channel.shared().pick(&request.pick_key, |_| true) {
             // The permit is kept, because a second pick would take a second turn in round robin.
             Pick::Taken(permit) if !needs_no_check(channel, request, &permit, now) => {
                 (body, Some(permit))

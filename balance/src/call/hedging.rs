@@ -137,7 +137,8 @@ impl Hedging {
     fn send_another(&mut self) -> Result<(), Status> {
         self.next = None;
         while self.may_send() {
-            let snapshot = self.conclusion.core.shared().snapshot(SCAN_LIMIT);
+            let Conclusion { core, call, .. } = &self.conclusion;
+            let snapshot = core.shared().snapshot(&call.pick_key, SCAN_LIMIT);
             let Pick::Taken(permit) = self.history.pick_new(&snapshot) else {
                 break;
             };

@@ -7,6 +7,7 @@ use http::{Extensions, Method, Uri};
 use tokio::time::Instant;
 
 use super::request_headers::Headers;
+use crate::balance::PickKey;
 use crate::metrics::{CallRecord, MethodMetrics, Sends};
 use crate::transport::request_body::Outgoing;
 
@@ -17,6 +18,8 @@ pub(super) struct Call {
     pub(super) headers: Headers,
     pub(super) extensions: Extensions,
     pub(super) wait_for_ready: bool,
+    /// What the picks of the call depend on.
+    pub(super) pick_key: PickKey,
     /// The instruments of the method, if metrics are enabled.
     pub(super) metrics: Option<Arc<MethodMetrics>>,
     /// The count of the sends, if metrics are enabled and the call has left the common path.

@@ -162,7 +162,8 @@ pub(super) async fn pick_prepared(
         let permit = if let Some(permit) = first.take() {
             permit
         } else {
-            let waited = wait_for_endpoint(core, history, call.wait_for_ready).await;
+            let waited =
+                wait_for_endpoint(core, history, &call.pick_key, call.wait_for_ready).await;
             waited.map_err(PickError::NoEndpoint)?
         };
         match prepare(core, call, permit, history).await {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use http::uri::Scheme;
-use http::{HeaderValue, Uri};
+use http::{HeaderName, HeaderValue, Uri};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::runtime::RuntimeFlavor;
 use tokio_stream::{Stream, StreamExt};
@@ -45,12 +45,13 @@ pub struct ChannelBuilder<S = ()> {
 #[derive(Clone, Debug)]
 pub(super) struct Config {
     service: Option<String>,
-    options: Options,
+    pub(super) options: Options,
     pub(super) connector: Connector,
     user_agent: Option<HeaderValue>,
     origin: Option<Uri>,
     timeout: Option<Duration>,
     wait_for_ready: bool,
+    pub(super) hash_header: Option<HeaderName>,
     startup_timeout: Duration,
     pub(super) methods: MethodConfigBuilder,
     address_policy: Option<AddressPolicy>,
@@ -328,6 +329,7 @@ impl ChannelBuilder {
             origin: None,
             timeout: None,
             wait_for_ready: false,
+            hash_header: None,
             startup_timeout: STARTUP_TIMEOUT,
             methods: MethodConfigBuilder::default(),
             address_policy: None,
@@ -555,6 +557,7 @@ impl Config {
                 .timeout
                 .map(|timeout| (timeout, deadline::format(timeout))),
             wait_for_ready: self.wait_for_ready,
+            hash_header: self.hash_header,
             startup_timeout: self.startup_timeout,
             unknown,
             is_single_threaded: is_single_threaded(),

@@ -8,12 +8,14 @@ mod builder;
 pub(crate) mod error;
 mod keep_alive;
 mod keep_alive_options;
+mod pick_options;
 mod retry_options;
 mod source;
 
 pub use crate::attributes::Attributes;
 pub use crate::balance::{
-    EndpointState, EndpointStatus, FailurePercentageEjection, OutlierDetection, SuccessRateEjection,
+    EndpointState, EndpointStatus, FailurePercentageEjection, HashKey, OutlierDetection, PickInfo,
+    PickPolicy, ReadyEndpoint, ReadyEndpoints, Select, SuccessRateEjection, TrafficSplit,
 };
 pub use crate::call::retry::{HedgingPolicy, RetryBudget};
 pub use crate::call::{ResponseBody, ResponseFuture, Routing, ServedBy, WaitForReady};

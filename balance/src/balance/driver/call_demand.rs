@@ -4,6 +4,7 @@
 //! - to dial *resting* connections, which were closed while no call needed them;
 //! - to check *silent* connections, on which nothing was read for a while;
 //! - to quarantine an endpoint whose responses are not gRPC;
+//! - to add a ready set for a selection, or to change the traffic split;
 //! - to add a connection to an endpoint whose streams are all in use.
 
 use tokio::time::Instant;
@@ -20,6 +21,7 @@ impl Driver {
         self.wake_resting();
         self.check_silent();
         self.quarantine_reported();
+        self.update_selections();
         self.scaling.request(Instant::now());
     }
 

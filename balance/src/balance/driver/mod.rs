@@ -28,6 +28,8 @@ mod ready_set_pair;
 mod resting;
 mod scaling;
 mod second_connection;
+mod selection_changes;
+mod selections;
 mod slow_start;
 mod subchannel_table;
 mod timers;

@@ -12,7 +12,7 @@ use crate::address::Address;
 use crate::balance::endpoint::EndpointState;
 use crate::balance::health_status::Health;
 use crate::balance::ready_connection::ReadyEntry;
-use crate::balance::shared::Published;
+use crate::balance::snapshot::Published;
 
 impl Driver {
     /// Puts a connection into the right ready set. If the peer does not answer or has not reported that it is healthy, the connection is in
@@ -41,7 +41,9 @@ impl Driver {
         let weight = self.current_weight(entry, Instant::now());
         let is_last_resort = ejected || entry.attributes.is_last_resort();
         let ready = ReadyEntry::new(connection);
-        match self.ready_sets.place(id, ready, weight, is_last_resort) {
+        let selected = self.selections.place(id, &ready, weight, is_last_resort);
+        let placed = self.ready_sets.place(id, ready, weight, is_last_resort);
+        match placed.max(selected) {
             Placed::Unchanged => {}
             // A new connection or a new weight can be batched with later changes. A move between the sets is published at once.
             Placed::Changed => self.publication.soon(),
@@ -142,11 +144,14 @@ impl Driver {
         self.update_zone_factors();
         self.publication.clear();
         let ready = self.ready_sets.freeze();
+        let subsets = self.freeze_selections();
         let is_last_resort = self.ready_sets.is_last_resort();
         let summary = self.publication.summarize(ready.len(), is_last_resort);
-        self.shared
-            .published
-            .store(Arc::new(Published { ready, summary }));
+        self.shared.published.store(Arc::new(Published {
+            ready,
+            subsets,
+            summary,
+        }));
         for address in self.publication.take_became_ready() {
             let entry = self.endpoints.get(&address);
             if let Some(entry) = entry.filter(|entry| entry.class == Class::Ready) {
