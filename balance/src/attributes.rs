@@ -108,14 +108,12 @@ impl Attributes {
         self.zone.as_deref()
     }
 
-    /// Returns the value of a label, if any. The key `zone` returns the [zone](Self::zone), unless a label has this key.
+    /// Returns the value of a label, if any. For the key `zone`, returns the [zone](Self::zone), or else the label with this key.
     #[must_use]
     pub fn label(&self, key: &str) -> Option<&str> {
-        let labels = self.labels.as_ref();
-        let label = labels
-            .and_then(|labels| labels.get(key))
-            .map(|value| &**value);
-        label.or_else(|| self.zone().filter(|_| key == ZONE))
+        let zone = self.zone().filter(|_| key == ZONE);
+        let label = || Some(&**self.labels.as_ref()?.get(key)?);
+        zone.or_else(label)
     }
 
     /// Returns the version: the label `version`, if any.
@@ -182,8 +180,12 @@ mod tests {
         assert_eq!(label("zone"), Some("a"));
         assert_eq!(label("rack"), Some("7"));
         assert_eq!(label("tier"), None);
-        let attributes = attributes.clone().with_label("zone", "b");
+        let attributes = attributes.with_label("zone", "b");
+        assert_eq!(attributes.label("zone"), Some("a"));
+        let attributes = Attributes::new().with_label("zone", "b");
         assert_eq!(attributes.label("zone"), Some("b"));
-        assert_eq!(attributes.zone(), Some("a"));
+        assert_eq!(attributes.zone(), None);
+        let labels: Vec<_> = attributes.labels().collect();
+        assert_eq!(labels, [("zone", "b")]);
     }
 }

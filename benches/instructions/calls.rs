@@ -6,6 +6,7 @@ use tokio::runtime::Runtime;
 use tonic::Request;
 use tonic::body::Body;
 use tonic::client::GrpcService;
+use tonic_etcd::channel::Select;
 use tonic_etcd::{BalancedChannel, LbPolicy};
 
 use super::bare_h2::H2;
@@ -37,6 +38,8 @@ pub struct Options {
     pub deadline: bool,
     /// The number of metadata entries.
     pub metadata: usize,
+    /// Whether the program has created a `Select`, so that each call looks for one.
+    pub selects: bool,
 }
 
 impl Options {
@@ -65,6 +68,9 @@ impl Options {
 /// The time is virtual, and stands still as long as a task can run. Otherwise timers of the channel would fire during some runs and not
 /// during others, and under valgrind the connections would be silent for so long between two calls that the calls check them.
 pub fn run(channel: Channel, callers: usize, options: Options, calls: usize) {
+    if options.selects {
+        drop(Select::version("1.2"));
+    }
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .start_paused(true)

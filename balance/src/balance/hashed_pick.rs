@@ -158,7 +158,7 @@ mod tests {
         // 1.25 times the fair share is 6 250 calls. The durations of calls are random, so the number of calls varies a little.
         assert!(most < 6_450, "{most} calls");
         // The hottest of the keys alone has 13 % of the calls, and one endpoint takes at most 6.25 %.
-        assert!(by_owner > 75_000, "only {by_owner} calls at their owner");
+        assert!(by_owner > 70_000, "only {by_owner} calls at their owner");
     }
 
     #[test]

@@ -72,6 +72,18 @@ pub(crate) enum Pick<T> {
     Empty,
 }
 
+impl<T> Pick<T> {
+    /// Converts the connection.
+    pub(super) fn map<U>(self, f: impl FnOnce(T) -> U) -> Pick<U> {
+        match self {
+            Self::Taken(connection) => Pick::Taken(f(connection)),
+            Self::Full => Pick::Full,
+            Self::Excluded => Pick::Excluded,
+            Self::Empty => Pick::Empty,
+        }
+    }
+}
+
 /// Picks connections by the policy of the channel.
 #[derive(Debug)]
 pub(crate) struct Picker {

@@ -133,9 +133,12 @@ impl Criterion {
     fn compared(&self, address: &Address, attributes: &Attributes) -> String {
         match self {
             Self::Labels(labels) => {
-                let value = |key: &str| match attributes.label(key) {
-                    Some(value) => format!("{key} {value:?}"),
-                    None => format!("no {key}"),
+                let value = |key: &str| {
+                    let shown = key.escape_debug();
+                    match attributes.label(key) {
+                        Some(value) => format!("{shown} {value:?}"),
+                        None => format!("no {shown}"),
+                    }
                 };
                 let values: Vec<_> = labels.iter().map(|(key, _)| value(key)).collect();
                 values.join(" and ")

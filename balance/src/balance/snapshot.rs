@@ -76,12 +76,7 @@ impl<'a> Snapshot<'a> {
             }
             key => self.pick_by(key, usable),
         };
-        match picked {
-            Pick::Taken(entry) => Pick::Taken(Permit::reserved(entry.connection())),
-            Pick::Full => Pick::Full,
-            Pick::Excluded => Pick::Excluded,
-            Pick::Empty => Pick::Empty,
-        }
+        picked.map(|entry| Permit::reserved(entry.connection()))
     }
 
     /// Picks for a call that has a selection or a hash, or on a channel with a traffic split or a policy of the program.

@@ -216,3 +216,38 @@ pub(super) fn matches(criterion: &Criterion, endpoint: &Endpoint) -> bool {
 const MAX_SETS: usize = 1_024;
 /// A set that no call has used between two sweeps is dropped.
 const SWEEP: Duration = Duration::from_secs(30);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn version(number: usize) -> Criterion {
+        Criterion::labels([("version", number.to_string())])
+    }
+
+    #[test]
+    fn the_number_of_sets_is_limited_and_unused_sets_are_dropped() {
+        let now = Instant::now();
+        let split = TrafficSplit::new().version("canary", 5).rest(95);
+        let all = ReadySets::new(false, false);
+        let mut selections = Selections::new(&split, false, false, now);
+        for number in 0..2 * MAX_SETS {
+            selections.add(version(number), &all);
+            assert!(selections.sets.len() <= MAX_SETS);
+            assert!(selections.sets.contains_key(&version(number)));
+        }
+        let last = version(2 * MAX_SETS - 1);
+        assert!(!selections.sweep(now), "a sweep must not be early");
+        selections.sweep(now + SWEEP);
+        assert!(selections.sets.contains_key(&last), "was just added");
+        selections.sweep(now + SWEEP * 2);
+        let left: Vec<_> = selections.sets.keys().cloned().collect();
+        let parts: Vec<_> = split.criteria().into_iter().map(|(part, _)| part).collect();
+        assert_eq!(left.len(), parts.len());
+        assert!(parts.iter().all(|part| left.contains(part)));
+        selections.set_split(&TrafficSplit::new(), &all);
+        selections.sweep(now + SWEEP * 3);
+        assert!(selections.sets.is_empty());
+        assert!(selections.freeze(|_| (0, 0)).is_none());
+    }
+}

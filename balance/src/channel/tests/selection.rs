@@ -27,7 +27,12 @@ struct Canary {
 
 impl Canary {
     async fn start() -> Self {
-        let (changes, channel) = fed();
+        let (changes, stream) = mpsc::unbounded_channel();
+        let channel = BalancedChannel::builder()
+            // This policy ignores latencies, which differ on a busy machine.
+            .policy(LbPolicy::WeightedRoundRobin)
+            .discover(UnboundedReceiverStream::new(stream))
+            .connect_lazy();
         let canary = Greeter::start("canary");
         let stable = ["alpha", "beta", "gamma"].map(Greeter::start);
         insert(&changes, &canary.address(), version("1.2"));
@@ -193,17 +198,16 @@ async fn a_split_sends_its_share_to_a_version_and_changes_while_calls_run() {
     let set = |canary| world.channel.set_split(split(canary)).expect("valid");
     set(0);
     world.split_applies(false).await;
-    for percent in [5_u32, 50] {
+    // The standard deviation of the share is 0.15 % of 20 000 calls with 5 %, and 0.8 % of 4 000 calls with 50 %.
+    for (percent, calls, tolerance) in [(5_u32, 20_000, 0.005), (50, 4_000, 0.03)] {
         set(percent);
         // Calls until the new split applies would blur the share.
         until("the split is applied", || {
             world.channel.0.shared().has_applied_split()
         })
         .await;
-        let share = world.share(20_000).await;
+        let share = world.share(calls).await;
         let expected = f64::from(percent) / 100.0;
-        // The standard deviation of the share is 0.15 % for 5 % and 0.35 % for 50 %.
-        let tolerance = if percent == 5 { 0.005 } else { 0.015 };
         assert!(
             (share - expected).abs() < tolerance,
             "{share} of {expected}"
