@@ -173,8 +173,7 @@ impl Picker {
             return Some((set.in_turn(turn)?, None));
         }
         if self.policy == LbPolicy::RingHash {
-            let index = set.draw(self.rng.next(), self.rng.next())?;
-            return Some((set.get(index)?, None));
+            return self.draw_one(set);
         }
         let (first, second) = self.draw_two(set)?;
         Some(if self.is_worse(first, second) {
@@ -182,6 +181,14 @@ impl Picker {
         } else {
             (first, Some(second))
         })
+    }
+
+    /// Draws one slot by weight.
+    // Not inlined, so that the picks of the other policies stay short.
+    #[inline(never)]
+    fn draw_one<'a, M>(&self, set: &'a ReadySet<M>) -> Option<Candidates<'a, M>> {
+        let index = set.draw(self.rng.next(), self.rng.next())?;
+        Some((set.get(index)?, None))
     }
 
     /// Draws two different slots. Both are drawn by weight. If the second draw yields the first slot again, another slot is drawn instead,
