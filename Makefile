@@ -14,7 +14,7 @@ REST := $(filter-out $(WAITING) api operate peers,$(FILES))
 # As in Cargo.toml.
 MSRV := 1.88.0
 # Each set of features is built and documented by itself.
-FEATURE_SETS := none tls health testing tls,health tls,testing health,testing
+FEATURE_SETS := none tls health serde testing tls,health tls,testing health,testing
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo lint features api minimal-versions msrv test test-newest interop operate soak bench bench-peers instructions fleet pictures fmt clean
@@ -51,6 +51,7 @@ features: setup ## Check each feature alone, and in pairs, with its docs
 		RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --quiet --no-deps -p tonic-etcd --no-default-features --features "$$features"; \
 	done
 	$(CARGO) clippy --locked --quiet --lib -p tonic-balance --no-default-features -- -D warnings
+	$(CARGO) clippy --locked --quiet --lib -p tonic-balance --no-default-features --features service-config -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --quiet --no-deps -p tonic-balance --no-default-features
 
 api: setup ## Compare the public interface with the list in docs/api; API_UPDATE=1 writes the list
@@ -73,7 +74,7 @@ test: setup ## Run all tests
 	@echo "with $$("$${ETCD_BIN:-etcd}" --version | sed -n 1p), $$("$${PROTOC:-protoc}" --version)"
 	@command -v go >/dev/null && go version || echo "left out: the tests with grpc-go (there is no Go)"
 	$(CARGO) test --locked --workspace --all-features --no-run
-	$(CARGO) test --locked --workspace --all-features --lib --bins --examples $(REST:%=--test %) --test command --test sdk
+	$(CARGO) test --locked --workspace --all-features --lib --bins --examples $(REST:%=--test %) --test command --test sdk --test propagation
 	RUST_TEST_THREADS=$(TEST_THREADS) $(CARGO) test --locked --all-features $(WAITING:%=--test %)
 	$(CARGO) test --locked --workspace --all-features --doc
 
@@ -97,9 +98,9 @@ interop: setup ## Run the tests with real servers and proxies (grpc-go, grpc-jav
 		$(MAKE) --no-print-directory test-newest; \
 	fi
 
-operate: setup ## Run the example of the cluster with a real Prometheus, the queries of the dashboard and the alerts
+operate: setup ## Run the examples with a real Prometheus, the queries of the dashboard, the alerts, and the tests of the command
 	@scripts/setup-operate
-	$(CARGO) build --locked --all-features --example greeter_cluster
+	$(CARGO) build --locked --all-features --examples
 	$(CARGO) test --locked --all-features --test operate
 	$(CARGO) test --locked -p tonic-etcd-cli --test command
 

@@ -2,9 +2,14 @@
 //!
 //! ```sh
 //! cargo run --example greeter_client
+//! cargo run --example greeter_client -- --metrics 0.0.0.0:9464
 //! ```
+//!
+//! With `--metrics`, the client serves its metrics over HTTP, in the text format of Prometheus.
 #![allow(clippy::print_stdout, reason = "the example prints its results")]
 
+#[path = "greeter/exporter.rs"]
+mod exporter;
 mod greeter;
 
 use std::process::ExitCode;
@@ -19,7 +24,14 @@ async fn main() -> ExitCode {
 }
 
 async fn run() -> Result<(), Box<dyn std::error::Error>> {
-    let registry = Registry::connect(etcd_endpoints()).await?;
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let mut registry = Registry::builder(etcd_endpoints());
+    if let Some(address) = exporter::address_in(&args)? {
+        let (recorder, address) = exporter::start(address, |error| println!("{error}")).await?;
+        println!("metrics at http://{address}/metrics");
+        registry = registry.metrics(recorder);
+    }
+    let registry = registry.connect().await?;
     let channel = registry.channel("helloworld.Greeter").connect().await?;
     let mut client = GreeterClient::new(channel);
 

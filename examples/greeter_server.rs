@@ -3,10 +3,15 @@
 //!
 //! ```sh
 //! cargo run --example greeter_server
+//! cargo run --example greeter_server -- --metrics 0.0.0.0:9464
 //! ```
+//!
+//! With `--metrics`, the server serves its metrics over HTTP, in the text format of Prometheus.
 //!
 //! The server shuts down gracefully on Ctrl-C or SIGTERM, and immediately on a second signal.
 
+#[path = "greeter/exporter.rs"]
+mod exporter;
 mod greeter;
 
 use std::process::ExitCode;
@@ -26,7 +31,15 @@ async fn run() -> Result<(), Box<dyn std::error::Error>> {
         .init();
     let greeter = NamedGreeter(format!("server {}", std::process::id()));
 
-    let registry = Registry::connect(etcd_endpoints()).await?;
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let mut registry = Registry::builder(etcd_endpoints());
+    if let Some(address) = exporter::address_in(&args)? {
+        let on_error = |error| tracing::warn!("{error}");
+        let (recorder, address) = exporter::start(address, on_error).await?;
+        tracing::info!("metrics at http://{address}/metrics");
+        registry = registry.metrics(recorder);
+    }
+    let registry = registry.connect().await?;
     let registration = registry.registration("helloworld.Greeter").health();
     Server::builder()
         .add_service(GreeterServer::new(greeter))

@@ -14,7 +14,7 @@ pub(crate) use tonic_balance::__private::{causes, without_password};
 
 pub use crate::format::error::FormatError;
 use crate::keyspace::LeaseId;
-pub use tonic_balance::error::{AddressError, CallError, ChannelError};
+pub use tonic_balance::error::{AddressError, CallError, ChannelError, ServiceConfigError};
 
 /// A failed request to etcd: the operation, the member, and the cause.
 ///

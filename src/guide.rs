@@ -1,4 +1,4 @@
-//! Guides: the behaviour during failures, the errors, the metrics, the operation of servers and clients, and a comparison with the libraries
+//! Guides: the behaviour during failures, the errors, the metrics, the service config, the operation of servers and clients, and a comparison with the libraries
 //! for Go.
 
 pub mod behaviour {
@@ -17,6 +17,13 @@ pub mod coming_from_go {
 
 pub mod metrics {
     #![doc = include_str!("../docs/metrics.md")]
+
+    #[cfg(doc)]
+    use crate::{channel::*, error::*, instance::*, registration::*, registry::*, resolver::*, *};
+}
+
+pub mod service_config {
+    #![doc = include_str!("../docs/service-config.md")]
 
     #[cfg(doc)]
     use crate::{channel::*, error::*, instance::*, registration::*, registry::*, resolver::*, *};

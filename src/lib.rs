@@ -75,6 +75,7 @@
 //!
 //! - `tls`: TLS to etcd and to servers, with rustls;
 //! - `health`: the gRPC health service of a registered server, `RegistrationBuilder::health`;
+//! - `serde`: the status of a channel as JSON;
 //! - `testing`: a real etcd for tests, in the module `testing` (Unix only).
 //!
 //! # Requirements
@@ -89,10 +90,11 @@ pub mod channel {
     #[doc(inline)]
     pub use crate::registry::channel_status::{BalancedChannelExt, ChannelStatus, EndpointReport};
     pub use tonic_balance::channel::{
-        Addresses, Attributes, ChannelBuilder, Discover, Dns, EndpointSource, EndpointState,
-        EndpointStatus, Endpoints, FailurePercentageEjection, HedgingPolicy, OutlierDetection,
-        ResponseBody, ResponseFuture, RetryBudget, Routing, ServedBy, SourceContext,
-        SuccessRateEjection, WaitForReady,
+        Addresses, Attributes, ChannelBuilder, Discover, Dns, EjectionReason, EndpointSource,
+        EndpointState, EndpointStatus, Endpoints, FailurePercentageEjection, HashKey,
+        HedgingPolicy, OutlierDetection, PickInfo, PickPolicy, ReadyEndpoint, ReadyEndpoints,
+        ResponseBody, ResponseFuture, RetryBudget, Routing, Select, ServedBy, ServiceConfig,
+        ServiceConfigMode, SourceContext, SuccessRateEjection, TrafficSplit, WaitForReady,
     };
 }
 pub use tonic_balance::deadline;
@@ -130,4 +132,5 @@ pub use tonic_balance::__bench;
 #[cfg(feature = "tls")]
 #[cfg_attr(docsrs, doc(cfg(feature = "tls")))]
 pub use tonic_balance::TlsConfig;
+pub use tonic_balance::traces;
 pub use tonic_balance::{Address, AddressPolicy, BalancedChannel, IpNet, LbPolicy, RetryPolicy};

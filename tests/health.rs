@@ -9,7 +9,7 @@ mod support;
 
 use std::time::Duration;
 
-use support::{Registered, SOON, World};
+use support::{Registered, SOON, World, eventually};
 use tokio::time::timeout;
 use tonic::transport::Channel;
 use tonic::{Code, Status, Streaming};
@@ -112,6 +112,73 @@ async fn a_watcher_receives_not_serving_even_if_all_phases_are_instant() {
     assert_eq!(next(&mut watch).await, Some(Wire::NotServing));
     assert_eq!(next(&mut watch).await, None);
     world.etcd.thaw(0).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_server_is_ready_once_it_is_registered_and_not_while_it_is_paused() {
+    let mut world = World::new().await;
+    // Nothing is registered while etcd is frozen, but the server serves.
+    world.etcd.freeze(0).await.unwrap();
+    let registration = world
+        .registration()
+        .ttl(Duration::from_secs(2))
+        .startup_timeout(Duration::from_secs(60))
+        .health();
+    let (handle, states) = (registration.handle(), registration.watch_state());
+    let server = Registered::start("alpha", "127.0.0.1:0", registration);
+    let address = handle.address().await.unwrap();
+    let mut client = connect(address.as_str()).await;
+    let mut watch = client.watch(of("readiness")).await.unwrap().into_inner();
+    assert_eq!(next(&mut watch).await, Some(Wire::NotServing));
+    let unready = check(&mut client, "readiness").await.unwrap();
+    assert_eq!(unready, Wire::NotServing);
+    for alive in ["", "greeter"] {
+        assert_eq!(check(&mut client, alive).await.unwrap(), Wire::Serving);
+    }
+    world.etcd.thaw(0).await.unwrap();
+    assert_eq!(next(&mut watch).await, Some(Wire::Serving));
+    assert_eq!(
+        check(&mut client, "readiness").await.unwrap(),
+        Wire::Serving
+    );
+
+    handle.pause().await.unwrap();
+    assert_eq!(next(&mut watch).await, Some(Wire::NotServing));
+    assert_eq!(check(&mut client, "").await.unwrap(), Wire::Serving);
+    handle.resume().await.unwrap();
+    assert_eq!(next(&mut watch).await, Some(Wire::Serving));
+
+    // An outage of etcd that is longer than the TTL does not make the server unready: clients still use it.
+    world.etcd.freeze(0).await.unwrap();
+    eventually("the registration is lost", async || {
+        !states.borrow().is_registered()
+    })
+    .await;
+    assert_eq!(
+        check(&mut client, "readiness").await.unwrap(),
+        Wire::Serving
+    );
+    world.etcd.thaw(0).await.unwrap();
+    server.stopped().await.unwrap();
+    assert_eq!(next(&mut watch).await, Some(Wire::NotServing));
+    assert_eq!(next(&mut watch).await, None);
+}
+
+#[tokio::test]
+async fn a_reporter_can_make_a_registered_server_unready() {
+    let world = World::new().await;
+    let reporter = HealthReporter::new();
+    let not_serving = ServingStatus::NotServing;
+    reporter.set_service_status("readiness", not_serving).await;
+    let registration = world.registration().health_reporter(reporter.clone());
+    let (server, address) = world.start(registration).await;
+    let mut client = connect(&address).await;
+    let mut watch = client.watch(of("readiness")).await.unwrap().into_inner();
+    assert_eq!(next(&mut watch).await, Some(Wire::NotServing));
+    let serving = ServingStatus::Serving;
+    reporter.set_service_status("readiness", serving).await;
+    assert_eq!(next(&mut watch).await, Some(Wire::Serving));
+    server.stopped().await.unwrap();
 }
 
 #[tokio::test]

@@ -14,6 +14,8 @@ mod support;
 mod interop_greeter;
 #[path = "interop/peer.rs"]
 mod peer;
+#[path = "interop/service_config.rs"]
+mod service_config;
 
 use std::collections::BTreeMap;
 use std::fs;

@@ -73,10 +73,21 @@ fn only_the_package_for_opentelemetry_depends_on_opentelemetry() {
         let found = names.iter().find(|name| name.contains("opentelemetry"));
         assert_eq!(found, None, "a dependency of {package}");
     }
-    let names = dependencies("tonic-etcd-opentelemetry", &[]);
-    for unwanted in ["opentelemetry_sdk", "etcd-client", "prometheus-client"] {
+    let names = dependencies("tonic-etcd-opentelemetry", &["--no-default-features"]);
+    for unwanted in [
+        "opentelemetry_sdk",
+        "etcd-client",
+        "prometheus-client",
+        "tracing-opentelemetry",
+    ] {
         assert!(!names.contains(unwanted), "{unwanted} is a dependency");
     }
+    // The default feature only enables a feature of the SDK, which the program has anyway.
+    let with_default = dependencies("tonic-etcd-opentelemetry", &[]);
+    let mut added = with_default.difference(&names);
+    let is_of_sdk = |name: &String| name == "opentelemetry_sdk" || name.starts_with("futures-");
+    let unwanted = added.find(|name| !is_of_sdk(name));
+    assert_eq!(unwanted, None, "a dependency of the default feature");
 }
 
 #[test]

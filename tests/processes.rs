@@ -6,12 +6,20 @@
 )]
 
 mod support;
+#[path = "../cli/src/terminal/mod.rs"]
+#[allow(
+    dead_code,
+    unused_imports,
+    reason = "the test of a panic needs a part of the module"
+)]
+mod terminal;
 
 use std::path::PathBuf;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use support::program::{example, line_with, lines, signal};
+use support::pty::Terminal;
 use support::{SOON, client, etcd, eventually, list};
 use tokio::time::timeout;
 use tonic_etcd::testing::{Etcd, ProcessError};
@@ -255,9 +263,131 @@ async fn the_greeter_cluster_example_succeeds() {
     .unwrap();
     let text = String::from_utf8(output.stdout).unwrap();
     assert!(output.status.success(), "{text}");
+    assert!(!text.contains('\u{1b}'), "{text}");
+    for (line, start) in text.lines().zip(CLUSTER_LINES) {
+        assert!(line.starts_with(start), "{text}");
+    }
+    assert_eq!(text.lines().count(), CLUSTER_LINES.len(), "{text}");
     let last = text.lines().last().unwrap();
+    assert!(last.ends_with(CLUSTER_END), "{last}");
+}
+
+/// The beginnings of the lines that the example of the cluster prints.
+const CLUSTER_LINES: [&str; 8] = [
+    "etcd ",
+    "three servers     registered 3   alpha ",
+    "delta has joined  registered 4   alpha ",
+    "alpha has left    registered 3   alpha ",
+    "beta is killed    registered ",
+    "beta is back      registered 3   alpha ",
+    "",
+    "greeter cluster: ",
+];
+const CLUSTER_END: &str = " calls, 0 failed, 4 servers seen";
+
+#[tokio::test]
+async fn the_greeter_cluster_example_shows_a_live_picture_on_a_terminal() {
+    let mut command = example("greeter_cluster");
+    command.env_remove("ETCD_ENDPOINTS");
+    let (mut child, terminal) = Terminal::spawn(command, 80, 24);
+    let ready = |text: &str| text.matches("  READY ").count();
+    let screen = terminal
+        .until("three servers are ready", SOON, |screen| {
+            let text = screen.text();
+            ready(&text) == 3 && text.contains("three servers") && !text.contains("\n0 calls/s")
+        })
+        .await;
+    assert!(screen.is_alternate() && !screen.cursor_is_visible);
+    let text = screen.text();
+    let lines: Vec<_> = text.lines().collect();
+    assert!(lines[0].starts_with("greeter cluster  "), "{text}");
+    assert!(lines[1].contains(" calls/s  p50 "), "{text}");
+    assert!(lines[1].contains(" ms  p99 "), "{text}");
+    assert!(lines[3].starts_with("SERVER"), "{text}");
+    assert!(lines[4].contains("127.0.0.1:"), "{text}");
+    assert!(text.contains("\nEVENTS\n"), "{text}");
+    terminal
+        .until("the fourth server is shown with its name", SOON, |screen| {
+            let text = screen.text();
+            ready(&text) == 4 && text.contains("\ndelta  ")
+        })
+        .await;
+    terminal
+        .until("the death of a server is an event", SOON, |screen| {
+            let text = screen.text();
+            let mut lines = text.lines();
+            lines.any(|line| line.contains("s  beta (127.0.0.1:") && line.contains(" is "))
+        })
+        .await;
+    let status = timeout(Duration::from_secs(60), child.wait()).await;
+    assert!(status.unwrap().unwrap().success());
+    // The terminal is as before, with the lines that a pipe receives.
+    let screen = terminal
+        .until("the result is printed", SOON, |screen| {
+            screen.text().contains(CLUSTER_END)
+        })
+        .await;
+    assert!(!screen.is_alternate() && screen.cursor_is_visible);
+    assert!(!screen.has_wrapped, "a line was too long");
+    assert!(!screen.was_coloured, "NO_COLOR is set");
+    let text = screen.text();
+    for start in CLUSTER_LINES {
+        assert!(text.lines().any(|line| line.starts_with(start)), "{text}");
+    }
+}
+
+#[tokio::test]
+async fn ctrl_c_restores_the_terminal_of_the_greeter_cluster_example() {
+    let mut command = example("greeter_cluster");
+    command.env_remove("ETCD_ENDPOINTS").env_remove("NO_COLOR");
+    // A narrow terminal.
+    let (mut child, terminal) = Terminal::spawn(command, 40, 10);
+    terminal
+        .until("a server is ready", SOON, |screen| {
+            screen.is_alternate() && screen.text().contains("READY")
+        })
+        .await;
+    signal(&child, Signal::SIGINT);
+    let status = timeout(SOON, child.wait()).await.unwrap().unwrap();
+    assert_eq!(status.code(), Some(130));
+    let screen = terminal
+        .until("the terminal is restored", SOON, |screen| {
+            !screen.is_alternate() && screen.cursor_is_visible
+        })
+        .await;
+    assert!(screen.was_coloured && !screen.has_wrapped);
+    assert!(screen.text().contains("etcd "), "{}", screen.text());
+}
+
+/// The program of the next test: it shows a picture and panics.
+#[test]
+#[ignore = "the next test runs it in a process of its own"]
+fn a_program_with_a_picture_that_panics() {
+    let screen = terminal::Screen::open().unwrap();
+    screen.draw(&["the picture".to_owned()]);
+    panic!("a reason");
+}
+
+#[tokio::test]
+async fn a_panic_restores_the_terminal_and_its_message_is_visible() {
+    let mut command = tokio::process::Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", "--ignored", "--nocapture"]);
+    command.arg("a_program_with_a_picture_that_panics");
+    // A backtrace would scroll the message away.
+    command.env("RUST_BACKTRACE", "0");
+    let (mut child, terminal) = Terminal::spawn(command, 80, 24);
     assert!(
-        last.starts_with("greeter cluster: ") && last.ends_with(" calls, 0 failed, 4 servers seen"),
-        "{last}"
+        !timeout(SOON, child.wait())
+            .await
+            .unwrap()
+            .unwrap()
+            .success()
     );
+    let screen = terminal
+        .until("the message of the panic", SOON, |screen| {
+            screen.text().contains("a reason")
+        })
+        .await;
+    assert!(!screen.is_alternate() && screen.cursor_is_visible);
+    assert!(!screen.text().contains("the picture"), "{}", screen.text());
 }

@@ -132,6 +132,29 @@ async fn a_handle_returns_the_bound_address_and_changes_the_registration_of_a_se
     assert!(timeout(SOON, handle.address()).await.unwrap().is_none());
 }
 
+/// `stop` begins the same shutdown as the stop signal, which never comes here.
+#[tokio::test]
+async fn a_handle_stops_a_server_gracefully() {
+    let world = World::new().await;
+    let registration = world.registration();
+    let (handle, states) = (registration.handle(), registration.watch_server_state());
+    let (mut server, address) = world.start(registration).await;
+    connect(&address).await.say_hello(hello()).await.unwrap();
+    handle.stop();
+    let outcome = timeout(SOON, &mut server.task).await;
+    outcome.unwrap().unwrap().unwrap();
+    assert_eq!(world.keys().await, 0);
+    assert_eq!(states.borrow().to_string(), "stopped, 0 connections cut");
+
+    // A server that is stopped before it starts ends at once.
+    let registration = world.registration();
+    registration.handle().stop();
+    let mut server = Registered::start("beta", "127.0.0.1:0", registration);
+    let outcome = timeout(SOON, &mut server.task).await;
+    outcome.unwrap().unwrap().unwrap();
+    assert_eq!(world.keys().await, 0);
+}
+
 /// The program has bound the listener before the registration, for example to set socket options, or a service manager has bound it.
 #[tokio::test]
 async fn a_listener_that_is_already_bound_is_served_and_registered() {

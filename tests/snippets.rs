@@ -322,6 +322,28 @@ async fn options_tls_server(registry: Registry) -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
+fn deadline_propagation() {
+    use tonic::transport::Server;
+    use tonic_etcd::deadline::PropagateDeadlineLayer;
+
+    let server = Server::builder().layer(PropagateDeadlineLayer::new());
+}
+
+fn limit_of_a_server() {
+    use tonic::transport::Server;
+    use tonic_etcd::limit::AdaptiveLimitLayer;
+
+    let limit = AdaptiveLimitLayer::new();
+    let server = Server::builder().layer(limit.clone());
+    // The state, for example for a log line or a metric.
+    println!(
+        "{} of {} calls in flight, {} refused",
+        limit.in_flight(),
+        limit.limit(),
+        limit.refused()
+    );
+}
+
 mod metrics {
     use opentelemetry::metrics::MeterProvider;
     use opentelemetry_sdk::metrics::SdkMeterProvider;
@@ -341,6 +363,111 @@ mod metrics {
             .await?;
         Ok(registry.channel("helloworld.Greeter").connect().await?)
     }
+}
+
+mod traces {
+    use opentelemetry::trace::TracerProvider;
+    use opentelemetry_sdk::propagation::TraceContextPropagator;
+    use opentelemetry_sdk::trace::SdkTracerProvider;
+    use tonic_etcd::{BalancedChannel, Registry, traces::Traces};
+    use tonic_etcd_opentelemetry::inject;
+    use tracing_subscriber::layer::SubscriberExt;
+    use tracing_subscriber::util::SubscriberInitExt;
+
+    async fn traced(
+        provider: &SdkTracerProvider,
+    ) -> Result<BalancedChannel, Box<dyn std::error::Error>> {
+        let layer = tracing_opentelemetry::layer().with_tracer(provider.tracer("greeter"));
+        tracing_subscriber::registry().with(layer).init();
+        let traces = Traces::new().propagator(inject(TraceContextPropagator::new()));
+        let registry = Registry::builder(["127.0.0.1:2379"])
+            .traces(traces)
+            .connect()
+            .await?;
+        Ok(registry.channel("helloworld.Greeter").connect().await?)
+    }
+}
+
+mod service_config {
+    use tonic_etcd::{BalancedChannel, Registry};
+
+    async fn orders() -> Result<BalancedChannel, Box<dyn std::error::Error>> {
+        let registry = Registry::builder(["10.0.0.1:2379"])
+            .watch_service_configs("/gRPC.control/")
+            .connect()
+            .await?;
+        Ok(registry.channel("shop.Orders").connect().await?)
+    }
+}
+
+async fn policies_1(
+    mut client: GreeterClient<tonic_etcd::BalancedChannel>,
+) -> Result<(), Box<dyn Error>> {
+    use greeter::HelloRequest;
+
+    use tonic_etcd::channel::Select;
+
+    let mut request = tonic::Request::new(HelloRequest::default());
+    request.extensions_mut().insert(Select::version("1.2"));
+    let reply = client.say_hello(request).await?;
+    Ok(())
+}
+
+async fn policies_2(registry: Registry) -> Result<(), Box<dyn Error>> {
+    use tonic_etcd::channel::TrafficSplit;
+
+    let channel = registry
+        .channel("helloworld.Greeter")
+        .split(TrafficSplit::new().version("1.2", 5).rest(95))
+        .connect()
+        .await?;
+    // Later, while calls run:
+    channel.set_split(TrafficSplit::new().version("1.2", 50).rest(50))?;
+    Ok(())
+}
+
+async fn policies_3(registry: Registry) -> Result<(), Box<dyn Error>> {
+    use greeter::HelloRequest;
+
+    use tonic_etcd::{LbPolicy, channel::HashKey};
+
+    let channel = registry
+        .channel("helloworld.Greeter")
+        .policy(LbPolicy::RingHash)
+        .request_hash_header("x-customer-id")
+        .connect()
+        .await?;
+    let mut client = GreeterClient::new(channel);
+    let mut request = tonic::Request::new(HelloRequest::default());
+    // Takes precedence over the header.
+    request.extensions_mut().insert(HashKey::new("customer-17"));
+    client.say_hello(request).await?;
+    Ok(())
+}
+
+async fn policies_4(registry: Registry) -> Result<(), Box<dyn Error>> {
+    use tonic_etcd::channel::{PickInfo, PickPolicy, ReadyEndpoints};
+
+    /// Sends the calls of a tenant to the servers with the metadata entry `tenant` of this tenant.
+    struct ByTenant;
+
+    impl PickPolicy for ByTenant {
+        fn pick(&self, call: &PickInfo, endpoints: &ReadyEndpoints<'_>) -> Option<usize> {
+            let tenant = call.headers().get("x-tenant")?.to_str().ok()?;
+            let own = endpoints.iter().enumerate().filter(|(_, endpoint)| {
+                endpoint.is_usable() && endpoint.attributes().label("tenant") == Some(tenant)
+            });
+            own.min_by_key(|(_, endpoint)| endpoint.in_flight())
+                .map(|(index, _)| index)
+        }
+    }
+
+    let channel = registry
+        .channel("helloworld.Greeter")
+        .pick_policy(ByTenant)
+        .connect()
+        .await?;
+    Ok(())
 }
 
 mod errors {

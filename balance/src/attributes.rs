@@ -1,5 +1,6 @@
 //! The attributes that a source reports for an endpoint, besides its address.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 /// The attributes of an endpoint that affect balancing.
@@ -18,10 +19,13 @@ pub struct Attributes {
     zone: Option<Arc<str>>,
     last_resort: bool,
     generation: u64,
+    /// `None` if there are no labels, so that endpoints without labels use no memory for them.
+    labels: Option<Arc<BTreeMap<Box<str>, Box<str>>>>,
+    hash_key: Option<Arc<str>>,
 }
 
 impl Attributes {
-    /// Returns the default attributes: weight 1, no zone, not a last resort, generation 0.
+    /// Returns the default attributes: weight 1, no zone, no labels, not a last resort, generation 0.
     #[must_use]
     pub const fn new() -> Self {
         Self {
@@ -29,6 +33,8 @@ impl Attributes {
             zone: None,
             last_resort: false,
             generation: 0,
+            labels: None,
+            hash_key: None,
         }
     }
 
@@ -43,6 +49,29 @@ impl Attributes {
     #[must_use]
     pub fn with_zone(mut self, zone: impl Into<Arc<str>>) -> Self {
         self.zone = Some(zone.into());
+        self
+    }
+
+    /// Sets a label, by which a [`Select`](crate::channel::Select) or a [`TrafficSplit`](crate::channel::TrafficSplit) selects endpoints. A
+    /// second value for the same key replaces the first. Default: no labels.
+    #[must_use]
+    pub fn with_label(mut self, key: impl Into<String>, value: impl Into<String>) -> Self {
+        let labels = Arc::make_mut(self.labels.get_or_insert_default());
+        labels.insert(key.into().into_boxed_str(), value.into().into_boxed_str());
+        self
+    }
+
+    /// Sets the version: the label `version`.
+    #[must_use]
+    pub fn with_version(self, version: impl Into<String>) -> Self {
+        self.with_label(VERSION, version)
+    }
+
+    /// Sets the name of the endpoint for [`LbPolicy::RingHash`](crate::LbPolicy::RingHash). An endpoint keeps its keys as long as it keeps
+    /// this name, even under another address. Two endpoints with the same name share their keys. Default: the address.
+    #[must_use]
+    pub fn with_hash_key(mut self, hash_key: impl Into<Arc<str>>) -> Self {
+        self.hash_key = Some(hash_key.into());
         self
     }
 
@@ -79,6 +108,32 @@ impl Attributes {
         self.zone.as_deref()
     }
 
+    /// Returns the value of a label, if any. For the key `zone`, returns the [zone](Self::zone), or else the label with this key.
+    #[must_use]
+    pub fn label(&self, key: &str) -> Option<&str> {
+        let zone = self.zone().filter(|_| key == ZONE);
+        let label = || Some(&**self.labels.as_ref()?.get(key)?);
+        zone.or_else(label)
+    }
+
+    /// Returns the version: the label `version`, if any.
+    #[must_use]
+    pub fn version(&self) -> Option<&str> {
+        self.label(VERSION)
+    }
+
+    /// Returns the labels, sorted by key.
+    pub fn labels(&self) -> impl Iterator<Item = (&str, &str)> {
+        let labels = self.labels.iter().flat_map(|labels| labels.iter());
+        labels.map(|(key, value)| (&**key, &**value))
+    }
+
+    /// Returns the name of the endpoint for [`LbPolicy::RingHash`](crate::LbPolicy::RingHash); `None` stands for the address.
+    #[must_use]
+    pub fn hash_key(&self) -> Option<&str> {
+        self.hash_key.as_deref()
+    }
+
     /// Returns whether the endpoint is used only while no other endpoint is ready.
     #[must_use]
     pub fn is_last_resort(&self) -> bool {
@@ -102,5 +157,35 @@ impl Default for Attributes {
 impl From<()> for Attributes {
     fn from((): ()) -> Self {
         Self::new()
+    }
+}
+
+/// The label of the version.
+pub(crate) const VERSION: &str = "version";
+/// The key under which the zone counts as a label.
+const ZONE: &str = "zone";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_version_and_the_zone_count_as_labels() {
+        let attributes = Attributes::new()
+            .with_version("1.2")
+            .with_zone("a")
+            .with_label("rack", "7");
+        let label = |key| attributes.label(key);
+        assert_eq!(label("version"), Some("1.2"));
+        assert_eq!(label("zone"), Some("a"));
+        assert_eq!(label("rack"), Some("7"));
+        assert_eq!(label("tier"), None);
+        let attributes = attributes.with_label("zone", "b");
+        assert_eq!(attributes.label("zone"), Some("a"));
+        let attributes = Attributes::new().with_label("zone", "b");
+        assert_eq!(attributes.label("zone"), Some("b"));
+        assert_eq!(attributes.zone(), None);
+        let labels: Vec<_> = attributes.labels().collect();
+        assert_eq!(labels, [("zone", "b")]);
     }
 }

@@ -27,6 +27,8 @@
 //!
 //! No feature is enabled by default.
 //!
+//! - `service-config`: parses gRPC's service config from JSON, for `ChannelBuilder::service_config`.
+//! - `serde`: the status of an endpoint as JSON;
 //! - `tls`: TLS to endpoints, with rustls.
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
@@ -38,6 +40,8 @@ mod causes;
 pub mod channel;
 pub mod deadline;
 pub mod metrics;
+mod service_config;
+pub mod traces;
 mod transport;
 
 /// The errors of the channel. The text of each error contains all causes, so [`source`](std::error::Error::source) returns `None`. The
@@ -46,6 +50,9 @@ pub mod error {
     pub use crate::address::AddressError;
     pub use crate::call::CallError;
     pub use crate::channel::error::ChannelError;
+    #[cfg(feature = "service-config")]
+    #[cfg_attr(docsrs, doc(cfg(feature = "service-config")))]
+    pub use crate::service_config::ServiceConfigError;
 }
 
 /// Items that `tonic-etcd` uses. They are not part of the public interface.

@@ -6,12 +6,15 @@ use tokio::runtime::Runtime;
 use tonic::Request;
 use tonic::body::Body;
 use tonic::client::GrpcService;
+use tonic_etcd::channel::{ChannelBuilder, Select};
+use tonic_etcd::traces::Traces;
 use tonic_etcd::{BalancedChannel, LbPolicy};
 
 use super::bare_h2::H2;
 use super::greeter::HelloRequest;
 use super::greeter::greeter_client::GreeterClient;
 use super::measured;
+use super::metrics;
 use super::peer::{Peer, in_memory, ready};
 
 const ENDPOINTS: usize = 4;
@@ -29,6 +32,12 @@ const METADATA: [(&str, &str); 3] = [
 #[derive(Clone, Copy)]
 pub enum Channel {
     Balanced,
+    /// Balanced, with metrics and the SDK of OpenTelemetry.
+    Measured,
+    /// Balanced, with metrics whose values are discarded: the part of the library in the cost of metrics.
+    Discarded,
+    /// Balanced, with traces that no subscriber receives.
+    Traced,
     BareH2,
 }
 
@@ -37,6 +46,8 @@ pub struct Options {
     pub deadline: bool,
     /// The number of metadata entries.
     pub metadata: usize,
+    /// Whether the program has created a `Select`, so that each call looks for one.
+    pub selects: bool,
 }
 
 impl Options {
@@ -65,27 +76,40 @@ impl Options {
 /// The time is virtual, and stands still as long as a task can run. Otherwise timers of the channel would fire during some runs and not
 /// during others, and under valgrind the connections would be silent for so long between two calls that the calls check them.
 pub fn run(channel: Channel, callers: usize, options: Options, calls: usize) {
+    if options.selects {
+        drop(Select::version("1.2"));
+    }
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .start_paused(true)
         .build()
         .unwrap();
     match channel {
-        Channel::Balanced => {
-            let channel = runtime.block_on(balanced());
-            call_all(&runtime, &channel, callers, options, calls);
-        }
         Channel::BareH2 => {
             let sockets = (0..ENDPOINTS).map(|_| Peer::default()).collect();
             let channel = runtime.block_on(H2::over(sockets));
             call_all(&runtime, &channel, callers, options, calls);
         }
+        _ => {
+            let builder = BalancedChannel::builder();
+            // The provider ends its instruments when it is dropped, at the end. It starts a thread, and in a process with several threads the
+            // allocator takes about 200 instructions more for a call. So the other cases have none.
+            let provider = matches!(channel, Channel::Measured).then(metrics::provider);
+            let builder = match (channel, &provider) {
+                (_, Some(provider)) => builder.metrics(metrics::recorder(provider)),
+                (Channel::Discarded, _) => builder.metrics(metrics::Discard),
+                (Channel::Traced, _) => builder.traces(Traces::new()),
+                _ => builder,
+            };
+            let channel = runtime.block_on(balanced(builder));
+            call_all(&runtime, &channel, callers, options, calls);
+        }
     }
 }
 
-async fn balanced() -> BalancedChannel {
+async fn balanced(builder: ChannelBuilder) -> BalancedChannel {
     let addresses = (1..=ENDPOINTS).map(|index| format!("10.0.0.{index}:1"));
-    let channel = in_memory(BalancedChannel::builder(), LbPolicy::default())
+    let channel = in_memory(builder, LbPolicy::default())
         .addresses(addresses)
         .connect_lazy();
     ready(&channel, ENDPOINTS).await;

@@ -16,6 +16,7 @@ pub fn run(name: &str) {
             calls::run(channel, callers, options, repetitions);
         }
         Case::Pick(policy, endpoints) => picks::run(policy, endpoints, repetitions),
+        Case::HashedPick(endpoints) => picks::run_hashed(endpoints, repetitions),
         Case::Join => changes::join(repetitions),
         Case::Removal => changes::remove(repetitions),
     }
@@ -32,7 +33,7 @@ pub fn is_call(name: &str) -> bool {
 pub fn repetitions(name: &str) -> usize {
     match find(name).1 {
         Case::Call(..) => 3_200,
-        Case::Pick(..) => 20_000,
+        Case::Pick(..) | Case::HashedPick(..) => 20_000,
         Case::Join | Case::Removal => 50,
     }
 }
@@ -48,6 +49,8 @@ enum Case {
     Call(Channel, usize, Options),
     /// A pick among a number of endpoints.
     Pick(LbPolicy, usize),
+    /// A pick by hash among a number of endpoints.
+    HashedPick(usize),
     Join,
     Removal,
 }
@@ -55,19 +58,31 @@ enum Case {
 const PLAIN: Options = Options {
     deadline: false,
     metadata: 0,
+    selects: false,
+};
+const SELECTS: Options = Options {
+    deadline: false,
+    metadata: 0,
+    selects: true,
 };
 const DEADLINE: Options = Options {
     deadline: true,
     metadata: 0,
+    selects: false,
 };
 const PRODUCTION: Options = Options {
     deadline: true,
     metadata: 3,
+    selects: false,
 };
 
 const CASES: &[(&str, Case)] = &[
     ("call", Case::Call(Channel::Balanced, 1, PLAIN)),
     ("call, deadline", Case::Call(Channel::Balanced, 1, DEADLINE)),
+    (
+        "call, other calls have a selection",
+        Case::Call(Channel::Balanced, 1, SELECTS),
+    ),
     (
         "call, 2 metadata entries",
         Case::Call(Channel::Balanced, 1, PLAIN.with_metadata(2)),
@@ -87,6 +102,18 @@ const CASES: &[(&str, Case)] = &[
     (
         "call of 64 callers, deadline and 3 metadata entries",
         Case::Call(Channel::Balanced, 64, PRODUCTION),
+    ),
+    (
+        "call of 64 callers, metrics",
+        Case::Call(Channel::Measured, 64, PLAIN),
+    ),
+    (
+        "call of 64 callers, metrics that are discarded",
+        Case::Call(Channel::Discarded, 64, PLAIN),
+    ),
+    (
+        "call of 64 callers, traces without a subscriber",
+        Case::Call(Channel::Traced, 64, PLAIN),
     ),
     ("call over bare h2", Case::Call(Channel::BareH2, 1, PLAIN)),
     (
@@ -117,6 +144,7 @@ const CASES: &[(&str, Case)] = &[
         "pick, round robin, 10 000 endpoints",
         Case::Pick(LbPolicy::WeightedRoundRobin, 10_000),
     ),
+    ("pick, ring hash, 1 000 endpoints", Case::HashedPick(1_000)),
     ("join of an endpoint, 1 000 endpoints", Case::Join),
     ("removal of an endpoint, 1 000 endpoints", Case::Removal),
 ];

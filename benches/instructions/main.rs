@@ -32,6 +32,7 @@ mod cases;
 mod changes;
 #[path = "../../examples/greeter/mod.rs"]
 mod greeter;
+mod metrics;
 #[path = "../scale/peer.rs"]
 mod peer;
 mod picks;

@@ -4,7 +4,7 @@ use std::hint::black_box;
 use std::time::Duration;
 
 use tokio::runtime::Builder;
-use tonic_etcd::__bench::{answered, pick};
+use tonic_etcd::__bench::{answered, pick, pick_hashed};
 use tonic_etcd::{BalancedChannel, LbPolicy};
 use tower::discover::Change;
 
@@ -13,6 +13,22 @@ use super::measured;
 use super::peer::{in_memory, ready};
 
 pub fn run(policy: LbPolicy, endpoints: usize, picks: usize) {
+    measure(policy, endpoints, picks, |channel, _| pick(channel));
+}
+
+/// Picks by the hash of the number of the pick.
+pub fn run_hashed(endpoints: usize, picks: usize) {
+    measure(LbPolicy::RingHash, endpoints, picks, |channel, number| {
+        pick_hashed(channel, &number.to_le_bytes())
+    });
+}
+
+fn measure(
+    policy: LbPolicy,
+    endpoints: usize,
+    picks: usize,
+    pick: impl Fn(&BalancedChannel, usize) -> bool,
+) {
     let runtime = Builder::new_current_thread().enable_all().build().unwrap();
     let changes = (0..endpoints)
         .map(|index| Ok::<_, std::convert::Infallible>(Change::Insert(address(index), ())));
@@ -28,8 +44,8 @@ pub fn run(policy: LbPolicy, endpoints: usize, picks: usize) {
         answered(&channel, Duration::from_micros(fastrand::u64(500..1_500)));
     }
     measured(|| {
-        for _ in 0..picks {
-            assert!(black_box(pick(black_box(&channel))));
+        for number in 0..picks {
+            assert!(black_box(pick(black_box(&channel), number)));
         }
     });
 }

@@ -24,6 +24,8 @@ mod bare_h2;
 #[path = "../../examples/greeter/mod.rs"]
 mod greeter;
 mod measure;
+#[path = "../instructions/metrics.rs"]
+mod metrics;
 mod peers;
 mod server;
 
@@ -31,12 +33,9 @@ use std::time::Duration;
 
 use greeter::HelloRequest;
 use measure::{Load, Table, compare};
-use opentelemetry::metrics::MeterProvider;
-use opentelemetry_sdk::metrics::{InMemoryMetricExporter, PeriodicReader, SdkMeterProvider};
 use peers::Peer;
 use server::ServerProcess;
 use tonic_etcd::{LbPolicy, RetryPolicy, channel::OutlierDetection};
-use tonic_etcd_opentelemetry::OpenTelemetry;
 
 fn main() {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -64,7 +63,7 @@ fn main() {
             deadlines_and_metadata().await;
         }
         if wants("L1m") {
-            metrics().await;
+            metered().await;
         }
         if wants("L1c") {
             streams().await;
@@ -178,14 +177,12 @@ async fn unary() {
 }
 
 /// L1m: the cost of metrics, with the SDK of OpenTelemetry.
-async fn metrics() {
+async fn metered() {
     let servers = ServerProcess::start_many(&[0; 4]);
     let addresses = ServerProcess::addresses(&servers);
     // The exporter reads the values at the end only, so that a round measures the calls and not an export.
-    let reader = PeriodicReader::builder(InMemoryMetricExporter::default());
-    let reader = reader.with_interval(Duration::from_secs(3_600)).build();
-    let provider = SdkMeterProvider::builder().with_reader(reader).build();
-    let recorder = OpenTelemetry::new(provider.meter("load"));
+    let provider = metrics::provider();
+    let recorder = metrics::recorder(&provider);
     for callers in [1, 16, 256] {
         let recorder = recorder.clone();
         let peers = [
@@ -193,6 +190,11 @@ async fn metrics() {
             Peer::balanced_with("BalancedChannel, metrics on", &addresses, move |builder| {
                 builder.metrics(recorder.clone())
             }),
+            Peer::balanced_with(
+                "BalancedChannel, metrics that are discarded",
+                &addresses,
+                |builder| builder.metrics(metrics::Discard),
+            ),
         ];
         compare(
             &format!("L1m: 4 endpoints, unary, metrics, {callers} callers"),

@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use tokio::runtime::Runtime;
 use tokio::time::Instant;
-use tonic_etcd::__bench::{answered, pick};
+use tonic_etcd::__bench::{answered, pick, pick_hashed, pick_selected};
+use tonic_etcd::channel::{Select, TrafficSplit};
 use tonic_etcd::{Address, BalancedChannel, Instance, LbPolicy};
 use tower::discover::Change;
 
@@ -18,6 +19,11 @@ const ROUNDS: usize = 9;
 const PICKS: u32 = 500_000;
 /// The name, the policy, and the weight of the endpoint with an index.
 type Case = (&'static str, LbPolicy, fn(usize) -> u32);
+
+/// The pick that is measured. It receives its number.
+type Picked = Box<dyn Fn(&BalancedChannel, u32) -> bool + Sync>;
+/// The name, the policy, and the function that creates the pick.
+type PickCase = (&'static str, LbPolicy, fn() -> Picked);
 
 const CASES: [Case; 9] = [
     ("latency", LbPolicy::Latency, equal),
@@ -84,6 +90,41 @@ pub fn run() {
             );
         }
     }
+    let version: fn() -> Picked = || {
+        let select = Select::version("1.2");
+        Box::new(move |channel, _| pick_selected(channel, &select))
+    };
+    let cases: [PickCase; 3] = [
+        ("ring-hash", LbPolicy::RingHash, || {
+            Box::new(|channel, number| pick_hashed(channel, &number.to_le_bytes()))
+        }),
+        ("latency, selected by version", LbPolicy::Latency, version),
+        ("latency, split 5 to 95", LbPolicy::Latency, || {
+            Box::new(|channel, _| pick(channel))
+        }),
+    ];
+    for (name, policy, picked) in cases {
+        let picked = picked();
+        let mut least = None;
+        for endpoints in ENDPOINTS {
+            let (_runtime, channel) = channel(policy, equal, endpoints);
+            if name.contains("split") {
+                let split = TrafficSplit::new().version("1.2", 5).rest(95);
+                channel.set_split(split).unwrap();
+                std::thread::sleep(Duration::from_millis(500));
+            }
+            assert!(picked(&channel, 0));
+            // The set of the selection is built in the background.
+            std::thread::sleep(Duration::from_millis(500));
+            let nanos = |threads| nanos_of(&channel, threads, &picked);
+            let (alone, together) = (nanos(1), nanos(2));
+            let least = *least.get_or_insert(alone);
+            println!(
+                "| {name} | {endpoints} | {alone:.0} | {:.2} | {together:.0} |",
+                alone / least
+            );
+        }
+    }
 }
 
 /// Returns a channel on which calls with random latencies were already answered.
@@ -100,7 +141,10 @@ fn channel(
     let changes = (0..endpoints).map(move |index| {
         let ip = [10, 0, (index >> 8) as u8, index as u8];
         let address = Address::try_from(std::net::SocketAddr::from((ip, 1))).expect("valid");
-        let instance = Instance::new(address.clone()).with_weight(weight(index));
+        let version = if index % 10 == 0 { "1.2" } else { "1.1" };
+        let instance = Instance::new(address.clone())
+            .with_weight(weight(index))
+            .with_version(version);
         Ok::<_, std::convert::Infallible>(Change::Insert(address, instance))
     });
     let channel = runtime.block_on(async {
@@ -118,13 +162,22 @@ fn channel(
 
 /// Returns the nanoseconds per pick when this many threads pick at the same time.
 fn nanos(channel: &BalancedChannel, threads: usize) -> f64 {
+    nanos_of(channel, threads, |channel, _| pick(channel))
+}
+
+/// Returns the nanoseconds per call of `picked` when this many threads call it at the same time.
+fn nanos_of(
+    channel: &BalancedChannel,
+    threads: usize,
+    picked: impl Fn(&BalancedChannel, u32) -> bool + Sync,
+) -> f64 {
     let round = || {
         let start = Barrier::new(threads);
         let picks = || {
             start.wait();
             let started = Instant::now();
-            for _ in 0..PICKS {
-                assert!(black_box(pick(black_box(channel))));
+            for number in 0..PICKS {
+                assert!(black_box(picked(black_box(channel), number)));
             }
             let took = Instant::now().saturating_duration_since(started);
             took.as_nanos() as f64 / f64::from(PICKS)

@@ -3,6 +3,7 @@
 use clap::{Args, Parser, Subcommand};
 
 use crate::call::CallArguments;
+use crate::config::ConfigCommand;
 use crate::control::{DrainArguments, ResumeArguments, WeightArguments};
 use crate::options::Options;
 use crate::register::RegisterArguments;
@@ -37,7 +38,7 @@ pub(crate) enum Command {
     Doctor(DoctorArguments),
     /// Run a command, and register its address while it responds. On SIGTERM or SIGINT, deregister first, then stop the command.
     Register(RegisterArguments),
-    /// Print the instances of a service, and each join (+), leave (-) and change (~), until SIGINT.
+    /// Show the instances of a service, and each join (+), leave (-) and change (~), until SIGINT. A live view on a terminal, otherwise lines.
     Watch(WatchArguments),
     /// Take a server out of service: its calls in flight complete, and it gets no new ones.
     Drain(DrainArguments),
@@ -45,6 +46,9 @@ pub(crate) enum Command {
     Resume(ResumeArguments),
     /// Change the weight of a server: its share of calls relative to the other servers.
     Weight(WeightArguments),
+    /// Read, check, write or delete the service config of a service, which its clients apply.
+    #[command(subcommand)]
+    Config(ConfigCommand),
     /// Send a unary call with a JSON message to a service, and print the response and the server that sent it. The server must support
     /// reflection.
     Call(CallArguments),

@@ -102,6 +102,11 @@ impl ControlKeys {
         format!("{}status/{id}", self.service)
     }
 
+    /// Returns the key of the service config.
+    pub(crate) fn config(&self) -> String {
+        format!("{}config", self.service)
+    }
+
     /// Returns what all status keys of the service start with.
     pub(crate) fn statuses(&self) -> String {
         self.status("")
@@ -147,6 +152,7 @@ mod tests {
         assert_eq!(keys.instance("a:1"), "/gRPC.control/greeter/instances/a:1");
         assert_eq!(keys.status("a:1"), "/gRPC.control/greeter/status/a:1");
         assert_eq!(keys.statuses(), "/gRPC.control/greeter/status/");
+        assert_eq!(keys.config(), "/gRPC.control/greeter/config");
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::fmt::Display;
 use std::io::{self, Write};
 use std::process::ExitCode;
 
-use tonic_etcd::error::{RegisterError, RegistryError};
+use tonic_etcd::error::{EtcdError, RegisterError, RegistryError};
 
 use crate::escape::escaped;
 
@@ -60,14 +60,18 @@ impl Failure {
     /// Creates the failure of a request to etcd. `what` completes "cannot".
     pub(crate) fn of_etcd(what: &str, error: &etcd_client::Error) -> Self {
         let text = etcd_error(error);
-        let advice = if is_permission_denied(error) {
-            "; grant a role of the user this permission, or set another --user"
-        } else if text.contains("auth: user name is empty") || text.contains("user name is empty") {
-            "; etcd requires a user: set --user"
-        } else {
-            ""
-        };
+        let advice = advice(&text);
         Self::new(code::ETCD, format!("cannot {what}: {text}{advice}"))
+    }
+
+    /// Creates the failure of a resolver of the keys with this prefix.
+    pub(crate) fn of_resolver(prefix: &str, error: &EtcdError) -> Self {
+        let text = error.to_string();
+        let (prefix, advice) = (escaped(prefix), advice(&text));
+        Self::new(
+            code::ETCD,
+            format!("cannot read the keys below {prefix:?}: {text}{advice}"),
+        )
     }
 
     pub(crate) fn is_usage(&self) -> bool {
@@ -109,13 +113,26 @@ impl From<RegisterError> for Failure {
             RegisterError::Invalid { .. } | RegisterError::Address { .. }
         );
         let code = if is_usage { code::USAGE } else { code::ETCD };
-        Self::new(code, error.to_string())
+        let text = error.to_string();
+        let advice = advice(&text);
+        Self::new(code, format!("{text}{advice}"))
     }
 }
 
 impl From<io::Error> for Failure {
     fn from(error: io::Error) -> Self {
         Self::local(format!("cannot write to stdout: {error}"))
+    }
+}
+
+/// Returns what to do about an error of etcd, if the text of the error does not say it.
+pub(crate) fn advice(text: &str) -> &'static str {
+    if text.contains("permission denied") {
+        "; grant a role of the user this permission, or set another --user"
+    } else if text.contains("user name is empty") {
+        "; etcd requires a user: set --user"
+    } else {
+        ""
     }
 }
 

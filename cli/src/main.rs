@@ -11,6 +11,7 @@ use output::Output;
 mod bounded;
 mod call;
 mod cli;
+mod config;
 mod connection;
 mod control;
 mod control_keys;
@@ -26,6 +27,7 @@ mod probe;
 mod register;
 mod services;
 mod table;
+mod terminal;
 mod watch;
 
 fn main() -> ExitCode {
@@ -58,6 +60,7 @@ async fn run(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Drain(arguments) => control::drain(&options, &arguments, &mut output).await,
         Command::Resume(arguments) => control::resume(&options, &arguments, &mut output).await,
         Command::Weight(arguments) => control::weight(&options, &arguments, &mut output).await,
+        Command::Config(command) => config::run(&options, &command, &mut output).await,
         Command::Call(arguments) => call::run(&options, &arguments, &mut output).await,
         Command::Completions { shell } => generate::completions(shell, &mut output),
         Command::Man => generate::man(&mut output),

@@ -1,5 +1,12 @@
 #![doc = include_str!("../README.md")]
 
+#[cfg(feature = "tracing")]
+mod inject;
+
+// The dependency only enables a feature.
+#[cfg(feature = "bound-instruments")]
+use opentelemetry_sdk as _;
+
 use std::collections::HashMap;
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -9,6 +16,10 @@ use opentelemetry::metrics::{self, Meter};
 use tonic_balance::metrics::{
     Counter, Histogram, Instrument, Label, Observations, Recorder, UpDownCounter,
 };
+
+#[cfg(feature = "tracing")]
+#[cfg_attr(docsrs, doc(cfg(feature = "tracing")))]
+pub use inject::inject;
 
 /// A recorder that creates the instruments with a `Meter`.
 ///

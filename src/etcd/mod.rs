@@ -12,6 +12,7 @@ mod connect;
 mod decode;
 mod endpoint;
 mod error;
+mod key_watch;
 mod kv;
 mod lease;
 mod limits;
@@ -30,8 +31,9 @@ mod watch_stream;
 
 pub(crate) use cluster::Etcd;
 pub(crate) use connect::Config;
+pub(crate) use key_watch::{KeyWatch, News};
 pub(crate) use limits::DEADLINE;
-pub(crate) use token_cell::{Credentials, Token};
+pub(crate) use token_cell::Credentials;
 pub(crate) use watch::Watch;
 
 #[cfg(test)]

@@ -196,6 +196,3 @@ const TOLERANCE: f64 = 1.25;
 const MIN_GRADIENT: f64 = 0.5;
 /// One microsecond.
 const MIN_LATENCY: f64 = 1e-6;
-
-#[cfg(test)]
-mod tests;

@@ -27,3 +27,6 @@ mod gradient;
 mod layer;
 
 pub use layer::{AdaptiveLimit, AdaptiveLimitLayer, LimitBody, LimitFuture};
+
+#[cfg(test)]
+mod tests;

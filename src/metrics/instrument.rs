@@ -58,6 +58,20 @@ pub(crate) static REPAIRED: Instrument = Instrument::new(
     "Keys whose state differed from what the list and the watch had delivered.",
     &[TARGET],
 );
+pub(crate) static SERVICE_CONFIG_REVISION: Instrument = Instrument::new(
+    Kind::Gauge,
+    "tonic_etcd.resolver.service_config_revision",
+    "{revision}",
+    "Revision of the service config in force, or 0 without a service config. Absent if the service config is not watched.",
+    &[TARGET],
+);
+pub(crate) static SERVICE_CONFIG_REJECTED: Instrument = Instrument::new(
+    Kind::Counter,
+    "tonic_etcd.resolver.service_config_rejected",
+    "{value}",
+    "Written service configs that cannot be used.",
+    &[TARGET],
+);
 pub(crate) static REGISTERED: Instrument = Instrument::new(
     Kind::Gauge,
     "tonic_etcd.registration.registered",
@@ -93,7 +107,7 @@ pub fn instruments() -> impl Iterator<Item = &'static Instrument> {
     of_channel.iter().copied().chain(OWN)
 }
 
-const OWN: [&Instrument; 11] = [
+const OWN: [&Instrument; 13] = [
     &CONNECTED,
     &INSTANCES,
     &LISTS,
@@ -101,6 +115,8 @@ const OWN: [&Instrument; 11] = [
     &REJECTED,
     &MASS_REMOVALS,
     &REPAIRED,
+    &SERVICE_CONFIG_REVISION,
+    &SERVICE_CONFIG_REJECTED,
     &REGISTERED,
     &LEASE_REMAINING,
     &LOSSES,

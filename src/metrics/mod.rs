@@ -9,7 +9,8 @@ mod instrument;
 pub use instrument::instruments;
 pub(crate) use instrument::{
     CONNECTED, ERROR, INSTANCES, LEASE_REMAINING, LISTS, LOSSES, MASS_REMOVALS, OPERATION, REASON,
-    REGISTERED, REJECTED, REPAIRED, REQUEST_DURATION, SERVICE, STATE, TARGET, WATCHES,
+    REGISTERED, REJECTED, REPAIRED, REQUEST_DURATION, SERVICE, SERVICE_CONFIG_REJECTED,
+    SERVICE_CONFIG_REVISION, STATE, TARGET, WATCHES,
 };
 pub use tonic_balance::metrics::{
     Counter, GaugeSource, Histogram, Instrument, Kind, Label, Metrics, Observation, Observations,

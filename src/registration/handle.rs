@@ -13,11 +13,15 @@ use crate::error::RegisterError;
 #[derive(Clone, Debug)]
 pub struct RegistrationHandle {
     started: watch::Receiver<Option<Started>>,
+    stop: watch::Sender<bool>,
 }
 
 impl RegistrationHandle {
-    pub(crate) fn new(started: watch::Receiver<Option<Started>>) -> Self {
-        Self { started }
+    pub(crate) fn new(
+        started: watch::Receiver<Option<Started>>,
+        stop: watch::Sender<bool>,
+    ) -> Self {
+        Self { started, stop }
     }
 
     /// Waits until the registration has started, which is after the server has bound its socket. Returns the address that the server
@@ -82,6 +86,13 @@ impl RegistrationHandle {
     /// After the request is sent, it is carried out even if the future is dropped.
     pub async fn set_weight(&self, weight: u32) -> Result<(), RegisterError> {
         self.registration().await?.set_weight(weight).await
+    }
+
+    /// Begins the graceful shutdown of the server, as its stop signal does, and returns at once. A server that has not started yet stops
+    /// when it starts. To wait for the end, await the future of the server, or use
+    /// [`watch_server_state`](crate::registration::RegistrationBuilder::watch_server_state).
+    pub fn stop(&self) {
+        self.stop.send_replace(true);
     }
 
     async fn started(&self) -> Option<Started> {

@@ -6,7 +6,6 @@ mod builder;
 mod control;
 mod entry;
 mod handle;
-mod key_watch;
 mod lease;
 mod metrics;
 mod registration;

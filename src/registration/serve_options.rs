@@ -72,6 +72,8 @@ pub(crate) struct ServeOptions {
     pub(crate) connections: Option<Arc<AtomicUsize>>,
     /// The started registration, which the handles read. `None` before the start.
     pub(crate) started: watch::Sender<Option<Started>>,
+    /// Whether a handle has stopped the server.
+    pub(crate) stop: watch::Sender<bool>,
     /// The source of the statuses of the health service. `None` if the server has no such service.
     #[cfg(feature = "health")]
     pub(crate) health: Option<Health>,
@@ -125,6 +127,7 @@ impl Default for ServeOptions {
             connections: None,
             states: watch::Sender::new(ServerState::Starting),
             started: watch::Sender::new(None),
+            stop: watch::Sender::new(false),
             #[cfg(feature = "health")]
             health: None,
         }

@@ -9,13 +9,12 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep_until};
 
 use super::entry::Entry;
-use super::key_watch::{KeyWatch, News};
 use super::lease::{Command, Found, LEAVE_MARKER_MAX, Machine, Phase, Put};
 use super::metrics::RegistrationMetrics;
 use super::status::RegistrationState;
 use super::ttl::{self, Ttl};
 use crate::error::EtcdError;
-use crate::etcd::Etcd;
+use crate::etcd::{Etcd, KeyWatch, News};
 use crate::keyspace::{Event, GuardedPut, Key, KeyValue, LeaseId};
 
 /// A request of the owner of the registration. The task responds once the requested change is complete.

@@ -1,6 +1,7 @@
 //! The options of a registry, and the functions that connect it to etcd.
 
 use tonic_balance::AddressPolicy;
+use tonic_balance::traces::Traces;
 
 use super::registry::Registry;
 use crate::error::RegistryError;
@@ -60,6 +61,8 @@ impl Registry {
             config,
             keyspace: Keyspace::default(),
             policy: AddressPolicy::default(),
+            service_configs: None,
+            traces: None,
         }
     }
 }
@@ -71,6 +74,8 @@ pub struct RegistryBuilder {
     config: Config,
     keyspace: Keyspace,
     policy: AddressPolicy,
+    service_configs: Option<String>,
+    traces: Option<Traces>,
 }
 
 impl RegistryBuilder {
@@ -110,10 +115,25 @@ impl RegistryBuilder {
         self
     }
 
+    /// Watches the service config of each service that the registry resolves, as
+    /// [`ResolverBuilder::watch_service_config`](crate::resolver::ResolverBuilder::watch_service_config) does for one resolver. The usual
+    /// prefix is `/gRPC.control/`. Disabled by default.
+    pub fn watch_service_configs(mut self, control_prefix: impl Into<String>) -> Self {
+        self.service_configs = Some(control_prefix.into());
+        self
+    }
+
     /// Enables metrics: passes a [`Recorder`](crate::metrics::Recorder), or a [`Metrics`] that also selects the instruments. Disabled by
     /// default. The metrics cover the channels, resolvers and registrations of the registry, and its requests to etcd.
     pub fn metrics(mut self, metrics: impl Into<Metrics>) -> Self {
         self.config.metrics = Some(metrics.into());
+        self
+    }
+
+    /// Enables the traces of the channels of the registry: each call and each of its attempts has a span of the crate `tracing`. Disabled by
+    /// default. The module [`traces`](crate::traces) describes the spans. Requests to etcd have no spans.
+    pub fn traces(mut self, traces: Traces) -> Self {
+        self.traces = Some(traces);
         self
     }
 
@@ -162,6 +182,8 @@ impl RegistryBuilder {
             etcd,
             keyspace: self.keyspace,
             policy: self.policy,
+            service_configs: self.service_configs,
+            traces: self.traces,
             resolvers: RunningResolvers::default(),
         }
     }

@@ -2,6 +2,7 @@
 
 use std::convert::Infallible;
 
+use tokio_stream::{StreamExt, wrappers::WatchStream};
 use tonic_balance::{
     BalancedChannel,
     channel::{Attributes, EndpointSource, Endpoints, SourceContext},
@@ -46,6 +47,8 @@ pub async fn connect(target: impl Into<String>) -> Result<BalancedChannel, Regis
 }
 
 /// Copies the weight, the zone, and the last-resort flag (set if the instance is gone from etcd and is only kept as a last resort). The
+/// metadata and the version become labels, by which calls [select](crate::channel::Select) instances. The metadata entry `hash_key`, if
+/// there is one, is the [name](Attributes::with_hash_key) of the instance for [`LbPolicy::RingHash`](crate::LbPolicy::RingHash). The
 /// [generation](Attributes::generation) changes with a new lease or a recreated key. In both cases, the server may have been restarted, or
 /// the address may belong to another server now. When the generation changes, the channel discards what it has observed about the endpoint.
 impl From<Instance> for Attributes {
@@ -59,16 +62,28 @@ impl From<Instance> for Attributes {
         // Revisions are below 2^32 in practice, and the rotation moves them into the upper half of the number. Two pairs of lease id and
         // revision have the same sum only if their lease ids differ by a multiple of 2^32, which does not happen in practice.
         let generation = lease.wrapping_add(created.rotate_left(32));
-        let attributes = Self::new()
+        let mut attributes = Self::new()
             .with_weight(instance.weight())
             .with_last_resort(instance.is_last_resort())
             .with_generation(generation);
+        for (key, value) in instance.metadata() {
+            attributes = attributes.with_label(key, value);
+        }
+        if let Some(version) = instance.version() {
+            attributes = attributes.with_version(version);
+        }
+        if let Some(hash_key) = instance.metadata().get(HASH_KEY) {
+            attributes = attributes.with_hash_key(hash_key.as_str());
+        }
         match instance.zone() {
             Some(zone) => attributes.with_zone(zone),
             None => attributes,
         }
     }
 }
+
+/// The metadata entry with the name of the instance for the consistent hash, as in gRFC A76.
+const HASH_KEY: &str = "hash_key";
 
 /// Starts a resolver for the channel. The address policy of the resolver also applies to the addresses that host names resolve to.
 impl EndpointSource for ResolverBuilder {
@@ -108,6 +123,7 @@ impl EndpointSource for Resolver {
         let feedback = self.feedback();
         let handle = self.handle();
         let target = self.target().to_owned();
+        let service_configs = self.watch_service_config();
         let endpoints = Endpoints::new(self)
             .known_after(known)
             .last_error(last_error)
@@ -116,6 +132,10 @@ impl EndpointSource for Resolver {
             .handle(handle)
             .target(target)
             .service(service);
-        Ok(endpoints)
+        let Some(service_configs) = service_configs else {
+            return Ok(endpoints);
+        };
+        let configs = WatchStream::new(service_configs).map(|status| status.config);
+        Ok(endpoints.service_configs(configs))
     }
 }

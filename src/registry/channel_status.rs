@@ -7,7 +7,7 @@ use tonic_balance::BalancedChannel;
 use tonic_balance::channel::EndpointStatus;
 
 use crate::instance::Instance;
-use crate::resolver::{RejectedKey, ResolverHandle, ResolverStatus};
+use crate::resolver::{RejectedKey, ResolverHandle, ResolverStatus, ServiceConfigStatus};
 
 /// Adds a status to a [`BalancedChannel`] that was created by a [`Registry`](crate::Registry).
 ///
@@ -30,7 +30,9 @@ pub trait BalancedChannelExt: sealed::Sealed {
 
 /// The status of a channel: the state of its resolver, and each endpoint with the instance that was read from etcd.
 ///
-/// It is displayed as several lines, one for the resolver, one for each endpoint and one for each rejected key.
+/// It is displayed as several lines, one for the resolver, one for each endpoint, one for each rejected key, and one for the service config if
+/// it is watched. With the feature `serde`, it implements `serde::Serialize`. The names and types of the fields are stable, and new fields can
+/// be added in any version. `docs/options.md` describes them.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct ChannelStatus {
@@ -42,6 +44,9 @@ pub struct ChannelStatus {
     pub endpoints: Vec<EndpointReport>,
     /// The keys whose latest value is not used.
     pub rejected: Vec<RejectedKey>,
+    /// The service config. `None` unless
+    /// [`watch_service_config`](crate::resolver::ResolverBuilder::watch_service_config) enables it.
+    pub service_config: Option<ServiceConfigStatus>,
 }
 
 /// An endpoint of a channel, with the instance that was read from etcd.
@@ -72,6 +77,7 @@ impl BalancedChannelExt for BalancedChannel {
             resolver: resolver.status(),
             endpoints: endpoints.into_iter().map(report).collect(),
             rejected: resolver.rejected(),
+            service_config: resolver.service_config(),
         })
     }
 }
@@ -85,6 +91,9 @@ impl fmt::Display for ChannelStatus {
         }
         for rejected in &self.rejected {
             write!(f, "\n  rejected: {rejected}")?;
+        }
+        if let Some(service_config) = &self.service_config {
+            write!(f, "\n  service config: {service_config}")?;
         }
         Ok(())
     }

@@ -4,6 +4,8 @@ mod builder;
 mod channel;
 pub(crate) mod channel_status;
 mod registry;
+#[cfg(feature = "serde")]
+mod status_json;
 mod target;
 mod tonic_channel;
 

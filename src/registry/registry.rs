@@ -1,7 +1,7 @@
 //! A registry: one etcd cluster, and the location of services in it.
 
 use tonic_balance::AddressPolicy;
-use tonic_balance::{BalancedChannel, channel::ChannelBuilder};
+use tonic_balance::{BalancedChannel, channel::ChannelBuilder, traces::Traces};
 
 use super::target::{Lookup, Target};
 use crate::error::RegistryError;
@@ -28,6 +28,9 @@ pub struct Registry {
     pub(super) etcd: Etcd,
     pub(super) keyspace: Keyspace,
     pub(super) policy: AddressPolicy,
+    /// The control prefix of the service configs that resolvers watch, if any.
+    pub(super) service_configs: Option<String>,
+    pub(super) traces: Option<Traces>,
     pub(super) resolvers: RunningResolvers,
 }
 
@@ -44,6 +47,8 @@ impl Registry {
             etcd: Etcd::from_client(client),
             keyspace: Keyspace::default(),
             policy: AddressPolicy::default(),
+            service_configs: None,
+            traces: None,
             resolvers: RunningResolvers::default(),
         }
     }
@@ -68,6 +73,13 @@ impl Registry {
     #[must_use]
     pub fn with_metrics(self, metrics: impl Into<Metrics>) -> Self {
         self.etcd.set_metrics(metrics.into());
+        self
+    }
+
+    /// Enables traces, as [`RegistryBuilder::traces`](crate::registry::RegistryBuilder::traces) does.
+    #[must_use]
+    pub fn with_traces(mut self, traces: Traces) -> Self {
+        self.traces = Some(traces);
         self
     }
 
@@ -110,8 +122,12 @@ impl Registry {
     /// ```
     pub fn resolver(&self, service: impl Into<String>) -> ResolverBuilder {
         let (etcd, policy) = (self.etcd.clone(), self.policy.clone());
-        ResolverBuilder::service(etcd, &self.keyspace, &service.into(), policy)
-            .sharing(&self.resolvers)
+        let resolver = ResolverBuilder::service(etcd, &self.keyspace, &service.into(), policy)
+            .sharing(&self.resolvers);
+        match &self.service_configs {
+            Some(control_prefix) => resolver.watch_service_config(control_prefix),
+            None => resolver,
+        }
     }
 
     /// Returns a builder of a resolver that watches all keys under the given prefixes. A missing trailing slash is added to each prefix:
@@ -186,6 +202,10 @@ impl Registry {
         let builder = BalancedChannel::builder();
         let builder = match self.etcd.metrics() {
             Some(metrics) => builder.metrics(metrics.clone()),
+            None => builder,
+        };
+        let builder = match &self.traces {
+            Some(traces) => builder.traces(traces.clone()),
             None => builder,
         };
         builder.source(resolver)

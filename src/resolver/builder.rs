@@ -11,7 +11,7 @@ use crate::error::{EtcdError, EtcdErrorKind};
 use crate::etcd::Etcd;
 use crate::format::Format;
 use crate::instance::Instance;
-use crate::keyspace::{Keyspace, Range, check_service, with_slash};
+use crate::keyspace::{Key, Keyspace, Range, check_service, with_slash};
 use tonic_balance::AddressPolicy;
 
 /// Builder of a [`Resolver`], returned by [`Registry::resolver`](crate::Registry::resolver).
@@ -184,6 +184,39 @@ impl ResolverBuilder {
         self
     }
 
+    /// Watches the service config of the service, in the key `<control prefix><service>/config`. The usual prefix is `/gRPC.control/`.
+    /// Disabled by default.
+    ///
+    /// The value of the key is a service config in gRPC's JSON format: timeouts, `waitForReady`, retries or hedging for each method, limits
+    /// on messages, the load-balancing policy and the health check. A put changes all running channels of the resolver, and the deletion of
+    /// the key restores the options of the program. Connections stay open. The channel's option
+    /// [`service_config_mode`](crate::channel::ChannelBuilder::service_config_mode) sets whether the service config or the options of the
+    /// program take precedence; by default, the options do.
+    ///
+    /// A value that cannot be used is logged, counted and shown in the [status](crate::resolver::ServiceConfigStatus), and the last good
+    /// value stays in force. It also stays in force while etcd is unavailable, and while the user may not read the key.
+    ///
+    /// The option costs etcd one watcher per resolver, on a stream that the resolver already has, two requests at the start, and one read in
+    /// each [`reconcile_interval`](Self::reconcile_interval). With authentication, the user needs the permission to read the key. The option
+    /// has no effect on a resolver of prefixes.
+    ///
+    /// ```no_run
+    /// # fn run(registry: tonic_etcd::Registry) {
+    /// let channel = registry
+    ///     .channel("helloworld.Greeter")
+    ///     .map_source(|resolver| resolver.watch_service_config("/gRPC.control/"))
+    ///     .connect_lazy();
+    /// # }
+    /// ```
+    pub fn watch_service_config(mut self, control_prefix: impl Into<String>) -> Self {
+        if let Source::Service(_) = self.source {
+            let (prefix, service) = (with_slash(&control_prefix.into()), &self.service);
+            let key = format!("{prefix}{service}/config");
+            self.options.service_config = Some(Key::from(key.as_str()));
+        }
+        self
+    }
+
     /// Starts watching.
     ///
     /// This method does not return an error for an invalid service name or an empty prefix. Instead, the set counts as known and empty, and
@@ -198,7 +231,7 @@ impl ResolverBuilder {
         let Self {
             etcd,
             service,
-            options,
+            mut options,
             running,
             ..
         } = self;
@@ -220,6 +253,16 @@ impl ResolverBuilder {
             .iter()
             .map(|prefix| Range::prefix(prefix))
             .collect();
+        if let Some(key) = &options.service_config
+            && (ranges.is_empty() || ranges.iter().any(|range| range.contains(key)))
+        {
+            // With an invalid service name, nothing is watched. A key below the prefix of the instances would be taken for an instance.
+            tracing::error!(
+                key = key.escaped(),
+                "the key of the service config is below the prefix of the instances; use another control prefix"
+            );
+            options.service_config = None;
+        }
         let target = target(&prefixes, &service);
         let file = options
             .cache_dir

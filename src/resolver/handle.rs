@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use tokio::sync::watch;
 
+use super::service_config::ServiceConfigStatus;
 use super::status::{RejectedKey, ResolverStatus};
 use super::store::Core;
 use crate::instance::Instance;
@@ -63,5 +64,11 @@ impl ResolverHandle {
     #[must_use]
     pub fn rejected(&self) -> Vec<RejectedKey> {
         self.0.rejected()
+    }
+
+    /// Returns the status of the service config, as [`Resolver::service_config`](crate::Resolver::service_config) does.
+    #[must_use]
+    pub fn service_config(&self) -> Option<ServiceConfigStatus> {
+        self.0.service_config()
     }
 }

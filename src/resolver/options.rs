@@ -9,6 +9,7 @@ use tonic_balance::AddressPolicy;
 use super::instances::Limit;
 use crate::format::Decoder;
 use crate::instance::Instance;
+use crate::keyspace::Key;
 
 /// The options that a [`ResolverBuilder`](super::ResolverBuilder) sets.
 #[derive(Clone, Debug, PartialEq)]
@@ -24,6 +25,8 @@ pub(super) struct Options {
     pub(super) cache_dir: Option<PathBuf>,
     /// The instances to use until the first list is complete, if there is no usable cache.
     pub(super) seeds: Vec<Instance>,
+    /// The key of the service config, if it is watched.
+    pub(super) service_config: Option<Key>,
 }
 
 /// A predicate that selects the instances to use.
@@ -66,6 +69,7 @@ impl Options {
             limit: Limit::default(),
             cache_dir: None,
             seeds: Vec::new(),
+            service_config: None,
         }
     }
 }

@@ -18,6 +18,7 @@ use super::gauges::GAUGES;
 use super::handle::ResolverHandle;
 use super::metrics::ResolverMetrics;
 use super::options::Options;
+use super::service_config::{self, ConfigPublisher, ServiceConfigStatus};
 use super::status::{RejectedKey, ResolverState, ResolverStatus};
 use super::store::Core;
 use super::task;
@@ -107,6 +108,11 @@ impl Resolver {
         let mut core = Core::new(service, ranges.len(), options.clone(), trouble);
         core.target = target.into();
         core.metrics = metrics.map(|metrics| ResolverMetrics::new(metrics, target));
+        let config_key = options.service_config.clone();
+        let publisher = config_key
+            .as_ref()
+            .map(|key| Arc::new(ConfigPublisher::new(key, metrics, target)));
+        core.service_config.clone_from(&publisher);
         let core = Arc::new(core);
         for gauge in GAUGES {
             if let Some(metrics) = metrics {
@@ -117,6 +123,11 @@ impl Resolver {
         if file.is_some() || !seeds.is_empty() {
             let task = task::keep_cache(Arc::clone(&core), file, seeds, policy);
             handles.push(tokio::spawn(task.in_current_span()).abort_handle());
+        }
+        if let (Some(key), Some(publisher)) = (config_key, publisher) {
+            let span = tracing::info_span!("service_config", key = %key.escaped());
+            let task = service_config::follow(etcd.clone(), key, publisher, reconcile);
+            handles.push(tokio::spawn(task.instrument(span)).abort_handle());
         }
         let mut prefixes = Vec::with_capacity(ranges.len());
         for (index, range) in ranges.into_iter().enumerate() {
@@ -193,6 +204,19 @@ impl Resolver {
     #[must_use]
     pub fn rejected(&self) -> Vec<RejectedKey> {
         self.core.rejected()
+    }
+
+    /// Returns the status of the service config. Returns `None` unless
+    /// [`watch_service_config`](crate::resolver::ResolverBuilder::watch_service_config) enables it.
+    #[must_use]
+    pub fn service_config(&self) -> Option<ServiceConfigStatus> {
+        self.core.service_config()
+    }
+
+    /// Returns a watch channel of the [`service_config`](Self::service_config), if it is enabled.
+    pub(crate) fn watch_service_config(&self) -> Option<watch::Receiver<ServiceConfigStatus>> {
+        let publisher = self.core.service_config.as_ref()?;
+        Some(publisher.status.subscribe())
     }
 
     /// Returns a handle that gives access to the status and the instances. The handle does not keep the watch open.

@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Waker;
 use std::time::Duration;
 
@@ -14,6 +14,7 @@ use super::hold::{Hold, News, Outcome};
 use super::instances::{Applied, Instances};
 use super::metrics::ResolverMetrics;
 use super::options::{Filter, Options};
+use super::service_config::{ConfigPublisher, ServiceConfigStatus};
 use super::status::{RejectedKey, ResolverState, ResolverStatus};
 use super::watcher::{Machine, Report};
 use crate::error::{EtcdError, EtcdErrorKind};
@@ -30,6 +31,8 @@ pub(super) struct Core {
     pub(super) target: Box<str>,
     /// The counters, if metrics are enabled.
     pub(super) metrics: Option<ResolverMetrics>,
+    /// The service config, if it is watched.
+    pub(super) service_config: Option<Arc<ConfigPublisher>>,
     decoder: Decoder,
     shared: Mutex<Shared>,
     pub(super) status: watch::Sender<ResolverStatus>,
@@ -243,6 +246,7 @@ impl Core {
             service,
             target: Box::default(),
             metrics: None,
+            service_config: None,
             decoder: options.decoder,
             shared: Mutex::new(shared),
             status,
@@ -324,6 +328,12 @@ impl Core {
             reason: reason.clone(),
         };
         rejected.map(of).collect()
+    }
+
+    /// Returns the status of the service config, if it is watched.
+    pub(super) fn service_config(&self) -> Option<ServiceConfigStatus> {
+        let publisher = self.service_config.as_ref()?;
+        Some(publisher.status.borrow().clone())
     }
 
     /// Publishes the changes that the state machine of a prefix has collected. The lock is held for the whole batch, so that subscribers

@@ -1,5 +1,6 @@
 //! The health service of a server that registers itself. While the server serves, the service reports the statuses of a reporter. Once the
-//! shutdown begins, the service reports `NOT_SERVING` for every name that the reporter has.
+//! shutdown begins, the service reports `NOT_SERVING` for every name that the reporter has. The name `readiness` is `NOT_SERVING` as well
+//! while the server is not ready.
 //!
 //! A reporter alone is not sufficient. It does not list its names, so the server could not set all of them to `NOT_SERVING`. Its open
 //! watches would also delay the drain.
@@ -17,15 +18,24 @@ use tonic_health::pb::health_server::{Health, HealthServer};
 use tonic_health::pb::{HealthCheckRequest, HealthCheckResponse};
 use tonic_health::server::{HealthService, WatchStream as Reported};
 
-use crate::registration::{Health as Source, ServerState};
+use super::readiness::{self, READINESS};
+use crate::registration::{Health as Source, RegistrationState, ServerState};
 
 /// Returns the service to add to the router.
 pub(super) async fn service(
     source: Source,
     registered: Vec<String>,
     states: watch::Receiver<ServerState>,
+    registration: watch::Receiver<RegistrationState>,
 ) -> HealthServer<LameDuck> {
     let Source { reporter, services } = source;
+    let reported = HealthService::from_health_reporter(reporter.clone());
+    let service = READINESS.to_owned();
+    let request = Request::new(HealthCheckRequest { service });
+    if reported.check(request).await.is_err() {
+        let serving = ServingStatus::Serving;
+        reporter.set_service_status(READINESS, serving).await;
+    }
     if services {
         for service in registered {
             let serving = ServingStatus::Serving;
@@ -33,8 +43,9 @@ pub(super) async fn service(
         }
     }
     HealthServer::new(LameDuck {
-        reported: HealthService::from_health_reporter(reporter),
+        reported,
         states,
+        ready: readiness::follow(registration),
     })
 }
 
@@ -43,6 +54,7 @@ pub(super) async fn service(
 pub(super) struct LameDuck {
     reported: HealthService,
     states: watch::Receiver<ServerState>,
+    ready: watch::Receiver<bool>,
 }
 
 #[tonic::async_trait]
@@ -51,9 +63,11 @@ impl Health for LameDuck {
         &self,
         request: Request<HealthCheckRequest>,
     ) -> Result<Response<HealthCheckResponse>, Status> {
+        let is_readiness = request.get_ref().service == READINESS;
         // For an unknown name, the result is the error of the reporter, also during the shutdown.
         let reported = self.reported.check(request).await?;
-        if self.states.borrow().is_stopping() {
+        let is_unready = is_readiness && !*self.ready.borrow();
+        if is_unready || self.states.borrow().is_stopping() {
             return Ok(Response::new(not_serving()));
         }
         Ok(reported)
@@ -65,10 +79,15 @@ impl Health for LameDuck {
         &self,
         request: Request<HealthCheckRequest>,
     ) -> Result<Response<Watching>, Status> {
+        let is_readiness = request.get_ref().service == READINESS;
         let reported = self.reported.watch(request).await?.into_inner();
+        let ready = is_readiness.then(|| WatchStream::new(self.ready.clone()));
         Ok(Response::new(Watching {
             reported,
+            latest: None,
             states: WatchStream::new(self.states.clone()),
+            is_ready: ready.is_none(),
+            ready,
             stopping: false,
             draining: false,
             last: None,
@@ -81,7 +100,12 @@ impl Health for LameDuck {
 #[derive(Debug)]
 pub(super) struct Watching {
     reported: Reported,
+    /// The latest status of the reporter.
+    latest: Option<HealthCheckResponse>,
     states: WatchStream<ServerState>,
+    /// The readiness. `None` for other names, which are always ready.
+    ready: Option<WatchStream<bool>>,
+    is_ready: bool,
     stopping: bool,
     draining: bool,
     /// The last status that was sent.
@@ -89,7 +113,7 @@ pub(super) struct Watching {
 }
 
 impl Watching {
-    /// Returns the next status. During the shutdown, `NOT_SERVING` is sent, unless it is already the last status that was sent.
+    /// Returns the next status that differs from the last one. During the shutdown, and while the server is not ready, it is `NOT_SERVING`.
     fn poll_status(
         &mut self,
         cx: &mut Context<'_>,
@@ -101,12 +125,33 @@ impl Watching {
             self.stopping = state.is_none_or(ServerState::is_stopping);
             self.draining = state.is_none_or(ServerState::is_draining);
         }
-        if !self.stopping {
-            return Pin::new(&mut self.reported).poll_next(cx);
+        while let Some(ready) = &mut self.ready
+            && let Poll::Ready(is_ready) = Pin::new(ready).poll_next(cx)
+        {
+            // The end of the stream is the end of the registration.
+            self.is_ready = is_ready.unwrap_or_default();
+            if is_ready.is_none() {
+                self.ready = None;
+            }
         }
+        while !self.stopping
+            && let Poll::Ready(reported) = Pin::new(&mut self.reported).poll_next(cx)
+        {
+            match reported {
+                Some(Ok(status)) => self.latest = Some(status),
+                end => return Poll::Ready(end),
+            }
+        }
+        let status = if self.stopping || !self.is_ready {
+            Some(not_serving())
+        } else {
+            self.latest
+        };
         // `NOT_SERVING` is sent even if the server is already draining, so that `SERVING` is never the last status of a watch.
-        if self.last != Some(not_serving()) {
-            return Poll::Ready(Some(Ok(not_serving())));
+        if let Some(status) = status
+            && self.last != Some(status)
+        {
+            return Poll::Ready(Some(Ok(status)));
         }
         if self.draining {
             return Poll::Ready(None);
@@ -146,6 +191,7 @@ mod tests {
         let health = LameDuck {
             reported: HealthService::from_health_reporter(HealthReporter::new()),
             states: receiver,
+            ready: watch::channel(true).1,
         };
         let request = Request::new(HealthCheckRequest::default());
         let response = Health::watch(&health, request).await.expect("no error");

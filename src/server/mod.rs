@@ -5,6 +5,8 @@ mod connection;
 mod health_service;
 mod incoming;
 mod opening;
+#[cfg(feature = "health")]
+mod readiness;
 mod serve_registered;
 mod shutdown;
 mod signal;

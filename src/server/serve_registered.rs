@@ -6,6 +6,7 @@ use std::net::SocketAddr;
 use http_body::Body as HttpBody;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpListener;
+use tokio::sync::watch;
 use tokio_stream::Stream;
 use tonic::body::Body;
 use tonic::service::Routes;
@@ -279,6 +280,31 @@ async fn once(signal: impl Future<Output = ()>) -> impl Future<Output = ()> {
     pending()
 }
 
+/// Waits for the stop signal, or until a handle stops the server. After a handle, the stop signal has no effect of its own, because the
+/// shutdown has begun already. Returns the future of a second signal.
+async fn stopped<N: Future<Output = ()>>(
+    signal: impl Future<Output = N>,
+    mut by_handle: watch::Receiver<bool>,
+) -> impl Future<Output = ()> {
+    let mut signal = Box::pin(signal);
+    let by_handle = async move {
+        // Without a sender, no handle is left.
+        if by_handle.wait_for(|stop| *stop).await.is_err() {
+            pending::<()>().await;
+        }
+    };
+    let second = tokio::select! {
+        second = &mut signal => Some(second),
+        () = by_handle => None,
+    };
+    async move {
+        match second {
+            Some(second) => second.await,
+            None => signal.await.await,
+        }
+    }
+}
+
 fn bind(address: SocketAddr) -> Result<TcpListener, ServeError> {
     Incoming::bind(address).map_err(|cause| ServeError::Bind { address, cause })
 }
@@ -337,13 +363,16 @@ where
         connections,
         bound,
     } = listening;
+    let stop = stopped(stop, registration.serve.stop.subscribe());
     registration.serve.connections = Some(connections.gauge());
     #[cfg(feature = "health")]
     let router = match registration.serve.health.clone() {
         Some(health) => {
             let states = registration.watch_server_state();
+            let registered = registration.watch_state();
             let services = registration.services();
-            router.add_service(health_service::service(health, services, states).await)
+            let service = health_service::service(health, services, states, registered);
+            router.add_service(service.await)
         }
         None => router,
     };

@@ -14,14 +14,15 @@ import (
 
 func main() {
 	modes := map[string]func(args []string) error{
-		"version":      version,
-		"certificates": certificates,
-		"server":       server,
-		"load":         load,
-		"check":        check,
-		"list":         list,
-		"golden":       golden,
-		"channelz":     channelz,
+		"version":        version,
+		"certificates":   certificates,
+		"server":         server,
+		"load":           load,
+		"check":          check,
+		"list":           list,
+		"golden":         golden,
+		"channelz":       channelz,
+		"service-config": serviceConfig,
 	}
 	if len(os.Args) < 2 || modes[os.Args[1]] == nil {
 		fmt.Fprintln(os.Stderr, "usage: peer MODE [FLAGS]")

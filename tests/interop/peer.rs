@@ -61,6 +61,22 @@ impl Go {
         String::from_utf8(output.stdout).unwrap()
     }
 
+    /// Runs a mode of the program with a standard input, and returns its output.
+    pub async fn run_with(&self, arguments: &[&str], input: &str) -> String {
+        let mut command = Command::new(&self.0);
+        command.args(arguments).kill_on_drop(true);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let mut stdin = child.stdin.take().unwrap();
+        stdin.write_all(input.as_bytes()).await.unwrap();
+        drop(stdin);
+        let output = timeout(SOON * 2, child.wait_with_output()).await;
+        let output = output.unwrap_or_else(|_| panic!("{arguments:?} timed out"));
+        let output = output.unwrap();
+        assert!(output.status.success(), "{arguments:?} failed");
+        String::from_utf8(output.stdout).unwrap()
+    }
+
     /// Runs a mode of the program that must fail, and returns its error output.
     pub async fn fails(&self, arguments: &[&str]) -> String {
         let output = self.output(arguments).await;

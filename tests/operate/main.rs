@@ -4,8 +4,11 @@
 #![allow(
     clippy::unwrap_used,
     clippy::panic,
+    clippy::print_stdout,
     reason = "a failed step is a failed test"
 )]
+
+mod compose;
 
 use std::fs;
 use std::net::TcpListener;
@@ -43,7 +46,7 @@ async fn get(port: u16, path: &str) -> std::io::Result<String> {
         .to_owned())
 }
 
-/// A Prometheus that scrapes one target every second.
+/// A Prometheus that scrapes ports of this host every second.
 struct Prometheus {
     _process: Child,
     _folder: tempfile::TempDir,
@@ -51,12 +54,14 @@ struct Prometheus {
 }
 
 impl Prometheus {
-    async fn start(target: u16) -> Self {
+    async fn start(targets: &[u16]) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let port = free_port();
         let alerts = docs("prometheus/alerts.yaml");
+        let targets = targets.iter().map(|port| format!("'127.0.0.1:{port}'"));
+        let targets = targets.collect::<Vec<_>>().join(", ");
         let configuration = format!(
-            "global: {{scrape_interval: 1s, evaluation_interval: 1s}}\nrule_files: ['{}']\nscrape_configs:\n  - job_name: greeter\n    static_configs: [{{targets: ['127.0.0.1:{target}']}}]\n",
+            "global: {{scrape_interval: 1s, evaluation_interval: 1s}}\nrule_files: ['{}']\nscrape_configs:\n  - job_name: greeter\n    static_configs: [{{targets: [{targets}]}}]\n",
             alerts.display()
         );
         let file = folder.path().join("prometheus.yaml");
@@ -102,6 +107,14 @@ impl Prometheus {
     }
 }
 
+/// Returns the command for an example, which is built together with the tests.
+fn example(name: &str) -> Command {
+    let mut folder = std::env::current_exe().unwrap();
+    folder.pop();
+    folder.pop();
+    Command::new(folder.join("examples").join(name))
+}
+
 fn now() -> f64 {
     let now = std::time::SystemTime::now();
     now.duration_since(std::time::UNIX_EPOCH)
@@ -125,12 +138,8 @@ fn expressions(dashboard: &Value) -> Vec<String> {
 #[tokio::test]
 async fn prometheus_scrapes_the_cluster_and_answers_each_query_of_the_dashboard() {
     let metrics = free_port();
-    let prometheus = Prometheus::start(metrics).await;
-    // The example is built together with the tests.
-    let mut folder = std::env::current_exe().unwrap();
-    folder.pop();
-    folder.pop();
-    let mut cluster = Command::new(folder.join("examples/greeter_cluster"));
+    let prometheus = Prometheus::start(&[metrics]).await;
+    let mut cluster = example("greeter_cluster");
     cluster.env_remove("ETCD_ENDPOINTS");
     cluster.args(["--metrics", &format!("127.0.0.1:{metrics}")]);
     let mut cluster = cluster
@@ -139,11 +148,11 @@ async fn prometheus_scrapes_the_cluster_and_answers_each_query_of_the_dashboard(
         .spawn()
         .unwrap();
     // While the cluster runs, the calls of the client are counted.
-    let deadline = Instant::now() + Duration::from_secs(60);
+    let deadline = Instant::now() + LIMIT;
     let calls = "sum(rate(grpc_client_call_duration_seconds_count{grpc_status=\"OK\"}[10s])) > 10";
     while prometheus.query(calls, now()).await.is_empty() {
         assert!(Instant::now() < deadline, "the calls are not counted");
-        sleep(Duration::from_millis(200)).await;
+        sleep(STEP).await;
     }
     let dashboard = fs::read_to_string(docs("grafana/dashboard.json")).unwrap();
     let dashboard: Value = serde_json::from_str(&dashboard).unwrap();
@@ -153,7 +162,7 @@ async fn prometheus_scrapes_the_cluster_and_answers_each_query_of_the_dashboard(
         // A rate needs two scrapes after the first request of its kind.
         while prometheus.query(&expression, now()).await.is_empty() {
             assert!(Instant::now() < deadline, "no samples: {expression}");
-            sleep(Duration::from_millis(200)).await;
+            sleep(STEP).await;
         }
     }
     let three = "sum(tonic_etcd_lb_endpoints{tonic_etcd_state=\"ready\"}) >= 3";
@@ -162,7 +171,7 @@ async fn prometheus_scrapes_the_cluster_and_answers_each_query_of_the_dashboard(
             Instant::now() < deadline,
             "fewer than three endpoints are ready"
         );
-        sleep(Duration::from_millis(200)).await;
+        sleep(STEP).await;
     }
     // In a healthy cluster, no alert is active.
     let alerts: Value =
@@ -193,3 +202,38 @@ async fn the_alerts_fire_for_synthetic_series() {
     let text = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success(), "{text}");
 }
+
+/// The text of a link to a section, as GitHub derives it from the heading.
+fn anchor(heading: &str) -> String {
+    let letters = heading.trim_start_matches(['#', ' ']).chars();
+    let kept = letters.filter(|letter| letter.is_alphanumeric() || " -_".contains(*letter));
+    kept.collect::<String>().to_lowercase().replace(' ', "-")
+}
+
+#[test]
+fn each_alert_links_to_a_section_that_exists() {
+    let page = fs::read_to_string(docs("operations.md")).unwrap();
+    let headings = page.lines().filter(|line| line.starts_with('#'));
+    let anchors: Vec<_> = headings.map(anchor).collect();
+    let alerts = fs::read_to_string(docs("prometheus/alerts.yaml")).unwrap();
+    let (mut alerts_seen, mut links) = (0, 0);
+    for line in alerts.lines().map(str::trim) {
+        alerts_seen += usize::from(line.starts_with("- alert:"));
+        if let Some(link) = line.strip_prefix("runbook_url: ") {
+            let page = concat!(
+                env!("CARGO_PKG_REPOSITORY"),
+                "/blob/main/docs/operations.md"
+            );
+            let (url, anchor) = link.split_once('#').unwrap();
+            assert_eq!(url, page);
+            assert!(anchors.iter().any(|known| known == anchor), "{link}");
+            links += 1;
+        }
+    }
+    assert_eq!(links, alerts_seen, "each alert needs a link");
+}
+
+/// Timeout for an event that should occur within seconds.
+const LIMIT: Duration = Duration::from_secs(60);
+/// The time between two queries.
+const STEP: Duration = Duration::from_millis(200);

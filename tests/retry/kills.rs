@@ -107,3 +107,45 @@ async fn no_call_fails_while_servers_are_killed_one_after_another() {
     eprintln!("{kills} kills: {calls} calls, {retried} retried, 0 failed");
     assert!(retried > 0, "no call was retried");
 }
+
+/// Returns the server of each of 100 keys.
+async fn servers_of_keys(channel: &BalancedChannel) -> Vec<String> {
+    let mut servers = Vec::new();
+    let mut client = GreeterClient::new(channel.clone());
+    for key in 0..100_u32 {
+        let mut request = Request::new(HelloRequest::default());
+        request
+            .extensions_mut()
+            .insert(HashKey::new(key.to_string()));
+        let response = client.say_hello(request).await.expect("no call fails");
+        let served_by = response.extensions().get::<ServedBy>().unwrap();
+        servers.push(served_by.address().to_string());
+    }
+    servers
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_keys_of_a_killed_server_return_when_it_is_restarted() {
+    let mut servers = Vec::new();
+    for _ in 0..4 {
+        servers.push(Process::start("127.0.0.1:0").await);
+    }
+    let channel = retrying(RetryPolicy::new([Code::Unavailable]))
+        .policy(LbPolicy::RingHash)
+        .max_backoff(Duration::from_millis(200))
+        .addresses(servers.iter().map(|server| &server.address))
+        .connect_lazy();
+    all_ready(&channel, 4).await;
+    let before = servers_of_keys(&channel).await;
+    let victim = servers[0].address.clone();
+    assert!(before.contains(&victim));
+    servers[0].child.kill().await.unwrap();
+    let without = servers_of_keys(&channel).await;
+    for (before, without) in before.iter().zip(&without) {
+        assert_ne!(*without, victim);
+        assert!(before == without || *before == victim, "another key moves");
+    }
+    servers[0] = Process::start(&victim).await;
+    all_ready(&channel, 4).await;
+    assert_eq!(servers_of_keys(&channel).await, before);
+}

@@ -23,8 +23,8 @@ use tokio::time::{Instant, sleep, timeout};
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::{Code, Request, Response, Status};
 use tonic_etcd::{
-    BalancedChannel, RetryPolicy,
-    channel::{ChannelBuilder, HedgingPolicy, RetryBudget},
+    BalancedChannel, LbPolicy, RetryPolicy,
+    channel::{ChannelBuilder, HashKey, HedgingPolicy, RetryBudget, ServedBy},
 };
 
 /// Returns a channel over these servers once all of them are ready.

@@ -35,6 +35,8 @@ pub mod link;
 pub mod peer;
 pub mod program;
 pub mod proxy;
+#[cfg(unix)]
+pub mod pty;
 pub mod relay;
 pub mod roles;
 #[cfg(feature = "tls")]

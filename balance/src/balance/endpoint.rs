@@ -1,18 +1,20 @@
 //! An endpoint: the counters and the state of one address, which calls and the driver share.
 
-use std::fmt;
 use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
-use arc_swap::ArcSwapOption;
+use arc_swap::{ArcSwap, Guard};
 use http::StatusCode;
 use http::uri::Authority;
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
 use super::dial_permit::DialPermit;
+use super::endpoint_status::{EjectionReason, EndpointState, EndpointStatus};
 use super::estimate::Estimate;
+use super::hash_key::hash;
+use super::hash_ring::Name;
 use super::load::LoadHandle;
 use super::outlier::Counts;
 use crate::address::Address;
@@ -41,8 +43,8 @@ pub(crate) struct Endpoint {
     last_fault: AtomicU32,
     /// The number of consecutive responses that were not gRPC.
     not_grpc: AtomicU32,
-    /// The zone, for the metrics.
-    zone: ArcSwapOption<Box<str>>,
+    /// The attributes, for calls that select endpoints by them, and for the metrics.
+    attributes: ArcSwap<Attributes>,
     details: Mutex<Details>,
 }
 
@@ -70,7 +72,10 @@ struct Details {
     since: Instant,
     weight: u32,
     last_resort: bool,
-    ejected: bool,
+    ejection: Option<EjectionReason>,
+    /// The end of the backoff, while no connection exists and none is dialled.
+    next_attempt: Option<Instant>,
+    failed_attempts: usize,
     last_error: Option<Arc<str>>,
     connections: Vec<Weak<ConnectionStats>>,
     /// The latency estimate of the last connection that was closed.
@@ -95,13 +100,15 @@ impl Endpoint {
             dial_permits: Arc::new(Semaphore::new(DIAL_PERMITS)),
             last_fault: AtomicU32::new(0),
             not_grpc: AtomicU32::new(0),
-            zone: ArcSwapOption::empty(),
+            attributes: ArcSwap::from_pointee(Attributes::new()),
             details: Mutex::new(Details {
                 state: EndpointState::Idle,
                 since: Instant::now(),
                 weight: 1,
                 last_resort: false,
-                ejected: false,
+                ejection: None,
+                next_attempt: None,
+                failed_attempts: 0,
                 last_error: None,
                 connections: Vec::new(),
                 estimate: None,
@@ -130,19 +137,33 @@ impl Endpoint {
     }
 
     pub(super) fn set_attributes(&self, attributes: &Attributes) {
-        let zone = attributes.zone().map(|zone| Arc::new(zone.into()));
-        self.zone.store(zone);
+        self.attributes.store(Arc::new(attributes.clone()));
         let mut details = self.lock();
         details.weight = attributes.weight();
         details.last_resort = attributes.is_last_resort();
     }
 
-    pub(super) fn zone(&self) -> Option<Arc<Box<str>>> {
-        self.zone.load_full()
+    /// Returns the hash of the endpoint's name for the consistent hash, and its weight. The weight is that of the attributes: neither slow
+    /// start nor the zone moves keys.
+    pub(super) fn name(&self) -> Name {
+        let attributes = self.attributes();
+        let name = attributes.hash_key().unwrap_or(self.address.as_str());
+        (hash(name.as_bytes()), attributes.weight())
     }
 
-    pub(super) fn set_ejected(&self, ejected: bool) {
-        self.lock().ejected = ejected;
+    pub(crate) fn attributes(&self) -> Guard<Arc<Attributes>> {
+        self.attributes.load()
+    }
+
+    pub(super) fn set_ejection(&self, reason: Option<EjectionReason>) {
+        self.lock().ejection = reason;
+    }
+
+    /// Sets the time of the next attempt to connect, and the number of consecutive attempts that have failed.
+    pub(super) fn set_attempts(&self, next: Option<Instant>, failed: usize) {
+        let mut details = self.lock();
+        details.next_attempt = next;
+        details.failed_attempts = failed;
     }
 
     /// Returns the counters since the endpoint was added. The caller subtracts an earlier tally.
@@ -316,7 +337,13 @@ impl Endpoint {
             round_trip: connections.last().map(|connection| connection.round_trip),
             calls: self.calls.load(Ordering::Relaxed),
             failures: self.failures.load(Ordering::Relaxed),
-            ejected: details.ejected,
+            ejected: details.ejection.is_some(),
+            ejection_reason: details.ejection,
+            // A removed endpoint is not dialled any more.
+            next_attempt: details
+                .next_attempt
+                .filter(|_| details.state != EndpointState::Draining),
+            failed_attempts: details.failed_attempts,
             last_error: details.last_error.as_deref().map(str::to_owned),
         }
     }
@@ -357,117 +384,6 @@ impl Tally {
             overruns,
         }
     }
-}
-
-/// The status of one endpoint of a channel at one moment.
-#[derive(Clone, Debug, PartialEq)]
-#[non_exhaustive]
-pub struct EndpointStatus {
-    /// The address of the endpoint.
-    pub address: Address,
-    /// Whether the endpoint can take calls.
-    pub state: EndpointState,
-    /// The time at which the endpoint entered this state.
-    pub since: Instant,
-    /// The endpoint's share of the calls relative to other endpoints.
-    pub weight: u32,
-    /// Whether the endpoint is a last resort, for example because the source has lost it together with most other endpoints. A last resort
-    /// gets calls only while no other endpoint is ready.
-    pub last_resort: bool,
-    /// Number of open connections.
-    pub connections: usize,
-    /// Calls whose response has not ended.
-    pub in_flight: usize,
-    /// The mean time until the head of a response. It covers the last few seconds, or the last few calls if calls are rare. `None` until the
-    /// latency of a call is known.
-    pub latency: Option<Duration>,
-    /// The round-trip time of the first PING on the newest connection.
-    pub round_trip: Option<Duration>,
-    /// Calls sent to the endpoint.
-    pub calls: u64,
-    /// Calls that failed because of the endpoint. The cause was a lost connection, a response that is not gRPC, or a status that indicates
-    /// a fault of the server.
-    pub failures: u64,
-    /// Whether the endpoint is excluded from ordinary picks. If its connection does not answer, it gets no calls. If it has failed too many
-    /// calls ([`OutlierDetection`](crate::channel::OutlierDetection)) or does not answer with gRPC, it gets calls only while no other
-    /// endpoint is ready.
-    pub ejected: bool,
-    /// The last error: why an attempt to connect failed, why a connection was lost or gets no calls, or why a response did not count as
-    /// gRPC.
-    pub last_error: Option<String>,
-}
-
-/// One line for people, for example
-/// `10.0.0.5:50051 READY for 12s, weight 1, 3 in flight, latency 1.2ms, 1200 calls, 0 failures`.
-impl fmt::Display for EndpointStatus {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let age = Instant::now().saturating_duration_since(self.since);
-        let (address, state, weight) = (&self.address, self.state, self.weight);
-        write!(f, "{address} {state} for {}, weight {weight}", Rounded(age))?;
-        write!(f, ", {} in flight", self.in_flight)?;
-        if let Some(latency) = self.latency {
-            write!(f, ", latency {}", Rounded(latency))?;
-        }
-        write!(f, ", {} calls, {} failures", self.calls, self.failures)?;
-        if self.last_resort {
-            f.write_str(", last resort")?;
-        }
-        if self.ejected {
-            f.write_str(", ejected")?;
-        }
-        match &self.last_error {
-            Some(error) => write!(f, ", last error: {error}"),
-            None => Ok(()),
-        }
-    }
-}
-
-/// A duration with two or three digits: `12s`, `350ms` or `1.2ms`.
-struct Rounded(Duration);
-
-impl fmt::Display for Rounded {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let millis = self.0.as_secs_f64() * 1_000.0;
-        match millis {
-            10_000.0.. => write!(f, "{}s", self.0.as_secs()),
-            1_000.0.. => write!(f, "{:.1}s", millis / 1_000.0),
-            10.0.. => write!(f, "{millis:.0}ms"),
-            _ => write!(f, "{millis:.1}ms"),
-        }
-    }
-}
-
-/// The name that gRPC gives to the state, for example `TRANSIENT_FAILURE`. gRPC has no name for `DRAINING`.
-impl fmt::Display for EndpointState {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(match self {
-            Self::Idle => "IDLE",
-            Self::Connecting => "CONNECTING",
-            Self::Ready => "READY",
-            Self::TransientFailure => "TRANSIENT_FAILURE",
-            Self::Draining => "DRAINING",
-        })
-    }
-}
-
-/// The connectivity of an endpoint.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum EndpointState {
-    /// No connection exists, and none is being dialled. There are three possible reasons. The endpoint waits for its turn to be dialled. It
-    /// is a last resort, which is not dialled. Or its connection has ended while no call needed it; the endpoint is then dialled again when
-    /// a call needs it, or after a wait.
-    Idle,
-    /// A connection is being dialled.
-    Connecting,
-    /// A connection has answered and takes calls.
-    Ready,
-    /// The endpoint takes no calls, for one of three reasons. The last attempt to connect failed, and the next one follows after a backoff.
-    /// Or the connection does not answer any more. Or the endpoint reports that it is not serving
-    /// ([`health_check`](crate::channel::ChannelBuilder::health_check)).
-    TransientFailure,
-    /// The endpoint was removed, and its last calls are still running.
-    Draining,
 }
 
 /// After a silence of up to this length, a connection is used without a check. If the tasks of the connections share one thread with the

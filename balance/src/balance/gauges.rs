@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Weak};
 
-use super::endpoint::EndpointState;
+use super::endpoint_status::EndpointState;
 use super::shared::Shared;
 use crate::metrics::{
     ChannelMetrics, GaugeSource, Instrument, LB_ENDPOINTS, LB_WAITING_CALLS, Label, STATE, TARGET,

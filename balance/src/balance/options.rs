@@ -4,7 +4,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::outlier::OutlierDetection;
+use super::pick_policy::ProvidedPolicy;
 use super::picker::LbPolicy;
+use super::traffic_split::TrafficSplit;
 use crate::address::Address;
 use crate::metrics::ChannelMetrics;
 use crate::transport::health_client::HealthCheck;
@@ -25,8 +27,20 @@ pub(crate) struct Options {
     pub(crate) on_refused: Option<OnRefused>,
     /// The zone whose endpoints are preferred.
     pub(crate) zone: Option<Box<str>>,
+    /// The policy that the program provides, if it provides one.
+    pub(crate) pick_policy: Option<ProvidedPolicy>,
+    /// The traffic split; empty if there is none.
+    pub(crate) split: TrafficSplit,
     /// The instruments, if metrics are enabled.
     pub(crate) metrics: Option<Arc<ChannelMetrics>>,
+}
+
+/// The options that can change while the channel runs.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Reconfiguration {
+    pub(crate) policy: LbPolicy,
+    pub(crate) outlier_detection: Option<OutlierDetection>,
+    pub(crate) health_check: Option<HealthCheck>,
 }
 
 /// Callback for an endpoint to which no connection could be made. The driver calls it after each failed dial, so it must not block.
@@ -52,6 +66,8 @@ impl Default for Options {
             slow_start: None,
             on_refused: None,
             zone: None,
+            pick_policy: None,
+            split: TrafficSplit::new(),
             metrics: None,
         }
     }

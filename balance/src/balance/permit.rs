@@ -8,8 +8,8 @@ use tonic::Code;
 
 use super::dial_permit::DialPermit;
 use super::endpoint::{Blame, Endpoint};
+use super::observation::AttemptObservation;
 use super::ready_connection::ReadyConnection;
-use crate::metrics::AttemptRecord;
 use crate::transport::http2::Connection;
 
 /// The right to send one call on a connection. Dropping the permit releases the stream, however the call ended.
@@ -20,9 +20,9 @@ pub(crate) struct Permit {
     sent: Option<Instant>,
     /// Set if the connection is private.
     private: Option<Box<PrivateConnection>>,
-    /// The measurement of the attempt: from its send to its end, if metrics are enabled. It is boxed, so that a call without metrics moves no
-    /// larger permit.
-    record: Option<Box<AttemptRecord>>,
+    /// The metrics and the span of the attempt, from its send to its end, if either is enabled. Boxed, so that other calls move no larger
+    /// permit.
+    observation: Option<Box<AttemptObservation>>,
 }
 
 /// A private connection: it carries a single call, whose metadata may be larger than the endpoint accepts.
@@ -39,7 +39,7 @@ impl Permit {
             connection: Arc::clone(connection),
             sent: None,
             private: None,
-            record: None,
+            observation: None,
         }
     }
 
@@ -117,32 +117,30 @@ impl Permit {
         self.connection.endpoint().on_call();
     }
 
-    /// Sets the measurement of the attempt that was sent.
-    pub(crate) fn record(&mut self, record: AttemptRecord) {
-        self.record = Some(Box::new(record));
+    /// Sets the metrics and the span of the attempt that was sent.
+    pub(crate) fn observe(&mut self, observation: AttemptObservation) {
+        self.observation = Some(Box::new(observation));
     }
 
-    /// Adds a data frame of the response to the measurement of the attempt.
+    /// Adds a data frame of the response to the metrics of the attempt.
     pub(crate) fn on_data(&mut self, frame: &[u8]) {
-        if let Some(record) = &mut self.record {
-            record.on_data(frame);
+        if let Some(observation) = &mut self.observation {
+            observation.on_data(frame);
         }
     }
 
-    /// Ends the measurement of the attempt. Later ends have no effect. A permit that is dropped before counts as a cancelled attempt.
+    /// Ends the metrics and the span of the attempt. Later ends have no effect. A permit that is dropped before counts as a cancelled attempt.
     pub(crate) fn end_attempt(&mut self, code: Code) {
-        if let Some(record) = self.record.take() {
-            self.end_record(*record, code);
+        if self.observation.is_some() {
+            self.end_attempt_at(code, Instant::now());
         }
     }
 
-    // Not inlined, so that the drop of a permit without a measurement stays short.
-    #[inline(never)]
-    fn end_record(&self, record: AttemptRecord, code: Code) {
-        let endpoint = self.connection.endpoint();
-        let zone = record.has_zones().then(|| endpoint.zone()).flatten();
-        let zone = zone.as_deref().map_or("", |zone| zone);
-        record.end(code, zone, Instant::now());
+    /// Does the same as [`end_attempt`](Self::end_attempt), with a time that the caller has read already.
+    pub(crate) fn end_attempt_at(&mut self, code: Code, now: Instant) {
+        if let Some(observation) = self.observation.take() {
+            observation.end(code, self.connection.endpoint(), now);
+        }
     }
 
     /// Records that the peer has sent a gRPC status and therefore is a gRPC server.

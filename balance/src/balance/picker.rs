@@ -33,6 +33,28 @@ pub enum LbPolicy {
     /// Picks the endpoints in turn. Each endpoint gets turns in proportion to its weight, and its turns are evenly spaced. Latency and
     /// calls in flight are ignored.
     WeightedRoundRobin,
+    /// Picks the endpoint by the hash of a key of the call (consistent hashing, gRFCs A42 and A76), so that calls with the same key are sent
+    /// to the same endpoint. Use it for servers that keep data per key in memory, such as caches and sessions.
+    ///
+    /// The key is the extension [`HashKey`](crate::channel::HashKey) of the request, or else the value of the header that
+    /// [`request_hash_header`](crate::channel::ChannelBuilder::request_hash_header) names. A call without a key is sent to a random endpoint,
+    /// by weight.
+    ///
+    /// All channels map a key to the same endpoint if they have the same ready endpoints with the same weights. Neither the order of the
+    /// endpoints nor a restart changes the mapping. If an endpoint is removed or not ready, its keys are spread over all other endpoints,
+    /// and no other key moves. When the endpoint is ready again, its keys return. A new endpoint takes its share of keys from all others.
+    ///
+    /// The load is bounded: if an endpoint has as many calls in flight as 1.25 times its share by weight of all calls in flight on this
+    /// channel, rounded up, the call is sent to the next endpoint in an order that depends on the key. So a single busy key cannot overload
+    /// its endpoint, and at low load, concurrent calls with the same key may use several endpoints.
+    RingHash,
+}
+
+impl LbPolicy {
+    /// Returns whether the policy needs a ready set with an order of turns.
+    pub(super) fn takes_turns(self) -> bool {
+        self == Self::WeightedRoundRobin
+    }
 }
 
 /// The properties of a connection that a pick reads.
@@ -57,6 +79,18 @@ pub(crate) enum Pick<T> {
     Empty,
 }
 
+impl<T> Pick<T> {
+    /// Converts the connection.
+    pub(super) fn map<U>(self, f: impl FnOnce(T) -> U) -> Pick<U> {
+        match self {
+            Self::Taken(connection) => Pick::Taken(f(connection)),
+            Self::Full => Pick::Full,
+            Self::Excluded => Pick::Excluded,
+            Self::Empty => Pick::Empty,
+        }
+    }
+}
+
 /// Picks connections by the policy of the channel.
 #[derive(Debug)]
 pub(crate) struct Picker {
@@ -77,6 +111,11 @@ impl Picker {
             rng,
             cursor,
         }
+    }
+
+    /// Returns a random word.
+    pub(crate) fn random(&self) -> u64 {
+        self.rng.next()
     }
 
     /// Picks a connection that is `usable` for the call, and reserves a stream on it. If none of the connections that the policy draws can
@@ -130,10 +169,13 @@ impl Picker {
         if set.len() == 1 {
             return None;
         }
-        if self.policy == LbPolicy::WeightedRoundRobin {
+        if self.policy.takes_turns() {
             // If the slot is full, its turn is skipped. The next slot does not get this turn, because it would then get two turns in a row.
             let turn = self.cursor.fetch_add(1, Ordering::Relaxed);
             return Some((set.in_turn(turn)?, None));
+        }
+        if self.policy == LbPolicy::RingHash {
+            return self.draw_one(set);
         }
         let (first, second) = self.draw_two(set)?;
         Some(if self.is_worse(first, second) {
@@ -141,6 +183,14 @@ impl Picker {
         } else {
             (first, Some(second))
         })
+    }
+
+    /// Draws one slot by weight.
+    // Not inlined, so that the picks of the other policies stay short.
+    #[inline(never)]
+    fn draw_one<'a, M>(&self, set: &'a ReadySet<M>) -> Option<Candidates<'a, M>> {
+        let index = set.draw(self.rng.next(), self.rng.next())?;
+        Some((set.get(index)?, None))
     }
 
     /// Draws two different slots. Both are drawn by weight. If the second draw yields the first slot again, another slot is drawn instead,

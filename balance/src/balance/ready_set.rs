@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::hash::Hash;
 use std::sync::Arc;
 
+use super::hash_ring::{HashRing, HashRingBuilder, Name};
 use super::rotation::{Ranking, Rotation};
 
 /// The connections that can take calls at one moment.
@@ -19,6 +20,8 @@ pub(crate) struct ReadySet<M> {
     /// The order of turns. `None` if the policy takes no turns, or if all weights are equal. In the latter case, turns follow the order of
     /// the slots.
     rotation: Option<Rotation>,
+    /// The endpoints of the hashes of calls; `None` if the policy does not use hashes.
+    ring: Option<HashRing>,
 }
 
 /// A part of the set. Every chunk except the last one has [`CHUNK`] slots.
@@ -61,6 +64,14 @@ impl<M> ReadySet<M> {
             .and_then(|chunk| chunk.slots.get(index % CHUNK))
     }
 
+    pub(crate) fn ring(&self) -> Option<&HashRing> {
+        self.ring.as_ref()
+    }
+
+    pub(crate) fn slots(&self) -> impl Iterator<Item = &Slot<M>> {
+        self.chunks.iter().flat_map(|chunk| &*chunk.slots)
+    }
+
     /// Returns the slot that has this turn in round robin.
     pub(crate) fn in_turn(&self, turn: u64) -> Option<&Slot<M>> {
         let index = if let Some(rotation) = &self.rotation {
@@ -90,6 +101,7 @@ impl<M> Default for ReadySet<M> {
             len: 0,
             alias: None,
             rotation: None,
+            ring: None,
         }
     }
 }
@@ -173,10 +185,15 @@ pub(crate) struct ReadySetBuilder<K, M> {
     weights: BTreeMap<u32, usize>,
     /// The slots ordered by weight; `None` if the policy takes no turns.
     ranking: Option<Ranking>,
+    /// Builds the ring; `None` if the policy does not use hashes.
+    ring: Option<Ring<M>>,
     chunks: Vec<Chunk<M>>,
     /// The indexes of the chunks that must be built again.
     stale: BTreeSet<usize>,
 }
+
+/// The builder of the ring, and the function that returns the hash and the weight of the endpoint of an entry.
+type Ring<M> = (HashRingBuilder, fn(&M) -> Name);
 
 impl<K, M> ReadySetBuilder<K, M> {
     /// Creates an empty builder. The sets that it builds have a rotation by weight only if `takes_turns` is true, because only weighted
@@ -187,15 +204,42 @@ impl<K, M> ReadySetBuilder<K, M> {
             indexes: HashMap::new(),
             weights: BTreeMap::new(),
             ranking: takes_turns.then(Ranking::default),
+            ring: None,
             chunks: Vec::new(),
             stale: BTreeSet::new(),
         }
     }
+
+    /// Adds a ring to the sets that are built. `name` returns the hash and the weight of the endpoint of an entry.
+    pub(crate) fn with_ring(mut self, name: fn(&M) -> Name) -> Self {
+        self.ring = Some((HashRingBuilder::default(), name));
+        self
+    }
 }
 
 impl<K: Clone + Eq + Hash, M: Clone> ReadySetBuilder<K, M> {
+    /// Sets whether the sets have a rotation by weight, from the next [`freeze`](Self::freeze) on.
+    pub(crate) fn set_takes_turns(&mut self, takes_turns: bool) {
+        if self.ranking.is_some() == takes_turns {
+            return;
+        }
+        self.ranking = takes_turns.then(|| {
+            let mut ranking = Ranking::default();
+            for (index, (_, slot)) in self.slots.iter().enumerate() {
+                ranking.insert(slot.weight, index);
+            }
+            ranking
+        });
+    }
+
     pub(crate) fn entries(&self) -> impl Iterator<Item = &M> {
         self.slots.iter().map(|(_, slot)| &slot.connection)
+    }
+
+    /// Returns the key, the entry and the weight of each slot.
+    pub(crate) fn keyed(&self) -> impl Iterator<Item = (&K, &M, u32)> {
+        let slots = self.slots.iter();
+        slots.map(|(key, slot)| (key, &slot.connection, slot.weight))
     }
 
     pub(crate) fn contains(&self, key: &K) -> bool {
@@ -287,7 +331,13 @@ impl<K: Clone + Eq + Hash, M: Clone> ReadySetBuilder<K, M> {
         let uniform = self.weights.len() <= 1;
         let alias = || Alias::new(self.chunks.iter().map(|chunk| chunk.weight));
         let ranking = self.ranking.as_mut().filter(|_| !uniform);
+        let slots = &self.slots;
+        let ring = self.ring.as_mut().map(|(builder, name)| {
+            let names = slots.iter().map(|(_, slot)| name(&slot.connection));
+            builder.build(names)
+        });
         ReadySet {
+            ring,
             chunks: self.chunks.clone().into(),
             len: self.slots.len(),
             alias: (!uniform).then(alias),

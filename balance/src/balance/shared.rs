@@ -4,21 +4,28 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use arc_swap::{ArcSwap, Guard};
+use arc_swap::ArcSwap;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use super::dial_permit::DialPermit;
-use super::endpoint::{AnswerFault, Endpoint, EndpointState, EndpointStatus};
+use super::endpoint::{AnswerFault, Endpoint};
+use super::endpoint_status::{EndpointState, EndpointStatus};
 use super::estimate::Reference;
 use super::load::Loads;
-use super::options::Options;
+use super::options::{Options, Reconfiguration};
 use super::permit::Permit;
-use super::picker::{Pick, Picker, SCAN_LIMIT};
+use super::pick_key::PickKey;
+use super::pick_policy::PickPolicy;
+use super::picker::{LbPolicy, Pick, SCAN_LIMIT};
 use super::ready_connection::{ReadyConnection, ReadyEntry};
 use super::ready_set::ReadySet;
+use super::select::Criterion;
+use super::snapshot::{Picking, Published, Snapshot};
 use super::stream_queue::Waiters;
 use super::summary::Summary;
+use super::traffic_split::TrafficSplit;
+use super::wanted::Wanted;
 use crate::address::Address;
 use crate::transport::connect::{Connector, DialError, DialHistory};
 
@@ -30,11 +37,15 @@ pub(crate) struct Shared {
     pub(super) changed: Notify,
     /// Wakes the driver when a call waits, when the caller has given up a connection, when a call has found a connection dead, or when a
     /// call has reported a response that is not gRPC.
-    pub(super) demand: Notify,
+    pub(super) demand: Arc<Notify>,
     /// Connections that callers have given up (`BalancedChannel::reconnect`), until the driver has removed them from the ready set.
     given_up: Mutex<Vec<Arc<ReadyConnection>>>,
     pub(super) waiters: Arc<Waiters>,
-    picker: Picker,
+    /// Settings of the balancer that the driver has not applied yet.
+    reconfiguration: Mutex<Option<Reconfiguration>>,
+    picking: Picking,
+    /// Whether the policy picks by the hash of a call.
+    uses_hashes: AtomicBool,
     pub(super) directory: Mutex<HashMap<Address, Arc<Endpoint>>>,
     /// Dials the private connections, which carry one call each.
     connector: Arc<Connector>,
@@ -47,23 +58,32 @@ pub(crate) struct Shared {
     ended: OnceLock<Arc<str>>,
     /// Endpoints whose responses are not gRPC, as reported by calls.
     not_grpc: Mutex<Vec<Arc<Endpoint>>>,
+    /// A new traffic split, until the driver has applied it.
+    split: Mutex<Option<TrafficSplit>>,
     pub(super) started: Instant,
 }
 
 impl Shared {
     pub(super) fn new(options: &Options, connector: Arc<Connector>) -> Self {
+        let demand = Arc::new(Notify::new());
         Self {
             connector,
             found_dead: AtomicBool::new(false),
             call_waits: AtomicBool::new(false),
             ended: OnceLock::new(),
             not_grpc: Mutex::new(Vec::new()),
-            published: ArcSwap::from_pointee(Published::default()),
+            split: Mutex::new(None),
+            published: ArcSwap::from_pointee(Published::new(options)),
             changed: Notify::new(),
-            demand: Notify::new(),
+            demand: Arc::clone(&demand),
             given_up: Mutex::new(Vec::new()),
             waiters: Arc::new(Waiters::new(options.max_waiters)),
-            picker: Picker::new(options.policy, options.seed),
+            reconfiguration: Mutex::new(None),
+            picking: Picking {
+                pick_policy: options.pick_policy.clone(),
+                wanted: Wanted::new(demand),
+            },
+            uses_hashes: AtomicBool::new(options.policy == LbPolicy::RingHash),
             directory: Mutex::new(HashMap::new()),
             started: Instant::now(),
         }
@@ -73,18 +93,72 @@ impl Shared {
     ///
     /// The permit refers to the connection and not to an index of the set. So the call cannot reach a different endpoint, even if the
     /// driver replaces the set between the pick and the send.
-    pub(crate) fn pick(&self, usable: impl Fn(&Arc<ReadyConnection>) -> bool) -> Pick<Permit> {
-        self.snapshot(SCAN_LIMIT).pick(usable)
+    pub(crate) fn pick(
+        &self,
+        key: &PickKey,
+        usable: impl Fn(&Arc<ReadyConnection>) -> bool,
+    ) -> Pick<Permit> {
+        let published = self.published.load();
+        // The common case needs no `Snapshot`, whose creation would add a dozen instructions to each pick.
+        if let (PickKey::Any, None) = (key, &published.subsets) {
+            let usable = |entry: &ReadyEntry| usable(entry.connection());
+            let picked = published.picker.pick(&published.ready, usable, SCAN_LIMIT);
+            return picked.map(|entry| Permit::reserved(entry.connection()));
+        }
+        Snapshot::new(&self.picking, published, key, SCAN_LIMIT).pick(usable)
     }
 
     /// Returns the published state. A pick from it draws a few connections. If none of them can take the call, the pick scans at most
     /// `scan_limit` slots of the set.
-    pub(crate) fn snapshot(&self, scan_limit: usize) -> Snapshot<'_> {
-        Snapshot {
-            picker: &self.picker,
-            published: self.published.load(),
-            scan_limit,
-        }
+    pub(crate) fn snapshot<'a>(&'a self, key: &'a PickKey, scan_limit: usize) -> Snapshot<'a> {
+        let published = self.published.load();
+        Snapshot::new(&self.picking, published, key, scan_limit)
+    }
+
+    /// Returns whether picks use data of the call even if the call selects no endpoints.
+    pub(crate) fn uses_call_data(&self) -> bool {
+        self.uses_hashes() || self.picking.pick_policy.is_some()
+    }
+
+    pub(crate) fn pick_policy(&self) -> Option<&dyn PickPolicy> {
+        self.picking.policy()
+    }
+
+    /// Returns whether picks use the hash of a call.
+    pub(crate) fn uses_hashes(&self) -> bool {
+        self.uses_hashes.load(Ordering::Relaxed)
+    }
+
+    /// Records whether the policy uses the hash of a call.
+    pub(super) fn set_uses_hashes(&self, uses_hashes: bool) {
+        self.uses_hashes.store(uses_hashes, Ordering::Relaxed);
+    }
+
+    /// Removes and returns the criteria for which calls have requested a ready set.
+    pub(super) fn take_wanted(&self) -> Vec<Criterion> {
+        self.picking.wanted.take()
+    }
+
+    /// Replaces the traffic split. Calls use the new split as soon as the driver has published its ready sets.
+    pub(crate) fn set_split(&self, split: TrafficSplit) {
+        *lock(&self.split) = Some(split);
+        self.demand.notify_one();
+    }
+
+    /// Returns whether the driver has published the ready sets of the last traffic split.
+    #[cfg(test)]
+    pub(crate) fn has_applied_split(&self) -> bool {
+        lock(&self.split).is_none()
+    }
+
+    /// Returns the new traffic split, if the driver has not applied it yet.
+    pub(super) fn new_split(&self) -> Option<TrafficSplit> {
+        lock(&self.split).clone()
+    }
+
+    /// Records that the driver has applied a traffic split.
+    pub(super) fn on_split_applied(&self, split: &TrafficSplit) {
+        lock(&self.split).take_if(|new| new == split);
     }
 
     /// Returns the summary of the published state.
@@ -213,10 +287,15 @@ impl Shared {
 
     /// Returns the current status of every endpoint, sorted by address.
     pub(crate) fn endpoints(&self) -> Vec<EndpointStatus> {
-        let known: Vec<_> = self.directory().values().cloned().collect();
+        let known = self.known();
         let mut statuses: Vec<_> = known.iter().map(|endpoint| endpoint.status()).collect();
         statuses.sort_by(|a, b| a.address.cmp(&b.address));
         statuses
+    }
+
+    /// Returns every endpoint.
+    pub(crate) fn known(&self) -> Vec<Arc<Endpoint>> {
+        self.directory().values().cloned().collect()
     }
 
     /// Returns the current state of every endpoint.
@@ -241,9 +320,30 @@ impl Shared {
             pending: 0,
             ..summary.clone()
         };
-        let ready = ReadySet::default();
-        self.published.store(Arc::new(Published { ready, summary }));
+        let picker = Arc::clone(&self.published.load().picker);
+        self.published.store(Arc::new(Published {
+            ready: ReadySet::default(),
+            subsets: None,
+            summary,
+            picker,
+        }));
         self.changed.notify_waiters();
+    }
+
+    /// Makes the driver apply other settings. If it has not applied the previous ones yet, it never does.
+    pub(crate) fn reconfigure(&self, settings: Reconfiguration) {
+        *self.lock_reconfiguration() = Some(settings);
+        self.demand.notify_one();
+    }
+
+    /// Removes and returns the settings that the driver has not applied yet.
+    pub(super) fn take_reconfiguration(&self) -> Option<Reconfiguration> {
+        self.lock_reconfiguration().take()
+    }
+
+    fn lock_reconfiguration(&self) -> MutexGuard<'_, Option<Reconfiguration>> {
+        let locked = self.reconfiguration.lock();
+        locked.unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Removes an endpoint from the directory. [`endpoints`](Self::endpoints) then no longer reports it.
@@ -266,41 +366,9 @@ impl Shared {
     }
 }
 
-/// A published state: a ready set and the matching summary.
-#[derive(Debug, Default)]
-pub(super) struct Published {
-    pub(super) ready: ReadySet<ReadyEntry>,
-    pub(super) summary: Summary,
-}
-
-/// One published state, for two steps: a pick, and if the pick finds no connection, the decision whether the call waits or fails. If each
-/// step loaded the state, an endpoint could become ready in between. The pick would then find no ready endpoint, the decision would find no
-/// pending endpoint, and the call would fail.
-#[derive(Debug)]
-pub(crate) struct Snapshot<'a> {
-    pub(super) picker: &'a Picker,
-    pub(super) published: Guard<Arc<Published>>,
-    scan_limit: usize,
-}
-
-impl Snapshot<'_> {
-    /// Picks as [`Shared::pick`] does.
-    pub(crate) fn pick(&self, usable: impl Fn(&Arc<ReadyConnection>) -> bool) -> Pick<Permit> {
-        let usable = |entry: &ReadyEntry| usable(entry.connection());
-        match self
-            .picker
-            .pick(&self.published.ready, usable, self.scan_limit)
-        {
-            Pick::Taken(entry) => Pick::Taken(Permit::reserved(entry.connection())),
-            Pick::Full => Pick::Full,
-            Pick::Excluded => Pick::Excluded,
-            Pick::Empty => Pick::Empty,
-        }
-    }
-
-    pub(crate) fn summary(&self) -> &Summary {
-        &self.published.summary
-    }
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // No code panics while it holds one of these locks.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Number of consecutive responses that are not gRPC, after which an endpoint no longer counts as a gRPC server. A single such response is

@@ -10,6 +10,7 @@ use std::task::{Poll, Waker};
 
 use super::permit::Permit;
 use super::ready_connection::{Queue, ReadyConnection};
+use super::select::Select;
 use crate::address::Address;
 
 /// The wait queue of a channel.
@@ -30,6 +31,8 @@ pub(crate) struct Exclusions {
     /// again after more bytes were read from it.
     pub(crate) silent: Vec<(Arc<ReadyConnection>, u64)>,
     pub(crate) endpoints: Vec<Address>,
+    /// The call can use only the endpoints that this selection matches.
+    pub(crate) select: Option<Select>,
 }
 
 impl Exclusions {
@@ -41,6 +44,11 @@ impl Exclusions {
         !self.connections.iter().any(is_same)
             && !self.silent.iter().any(silent)
             && !self.endpoints.contains(connection.endpoint().address())
+            && self.select.as_ref().is_none_or(|select| {
+                let endpoint = connection.endpoint();
+                let attributes = endpoint.attributes();
+                select.criterion().matches(endpoint.address(), &attributes)
+            })
     }
 }
 

@@ -106,7 +106,7 @@ pub(super) struct Draining {
 
 /// Aborts a task when it is dropped.
 #[derive(Debug)]
-pub(super) struct StopOnDrop(pub(super) AbortHandle);
+pub(crate) struct StopOnDrop(pub(crate) AbortHandle);
 
 impl Drop for StopOnDrop {
     fn drop(&mut self) {
@@ -269,6 +269,15 @@ impl Subchannel<Ready> {
 
     pub(super) fn set_health(&mut self, health: Health) {
         self.state.health = health;
+    }
+
+    /// Replaces the health watch. The health stays as it is until the new watch reports one.
+    pub(super) fn set_health_watch(&mut self, watch: StopOnDrop) {
+        self.state.health_watch = Some(watch);
+    }
+
+    pub(super) fn has_health_watch(&self) -> bool {
+        self.state.health_watch.is_some()
     }
 
     /// Ends the health watch. The connection counts as healthy from then on.

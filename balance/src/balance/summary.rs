@@ -21,6 +21,13 @@ pub(crate) struct Summary {
     pub(crate) last_error: Option<Arc<EndpointError>>,
 }
 
+impl Summary {
+    /// Returns whether the channel makes calls and knows endpoints.
+    pub(crate) fn has_endpoints(&self) -> bool {
+        self.ended.is_none() && self.known && self.endpoints > 0
+    }
+}
+
 /// An error of an endpoint.
 #[derive(Debug, thiserror::Error)]
 #[error("endpoint {address}: {reason}")]

@@ -43,7 +43,8 @@ pub(super) fn answer(
     std::mem::swap(&mut parts.extensions, call.extensions_mut());
     parts.extensions.clear();
     parts.extensions.insert(served_by);
-    let body = ResponseBody::new(incoming, status_in_head, permit, core, deadline);
+    let bounds = (deadline, call.limits);
+    let body = ResponseBody::new(incoming, status_in_head, permit, core, bounds);
     Ok(Response::from_parts(parts, body))
 }
 

@@ -1,10 +1,8 @@
 //! One attempt of a call: a request that was sent on a connection.
 
-use std::sync::Arc;
-
 use http::{HeaderName, Request, Version};
 use tokio::time::Instant;
-use tonic::Status;
+use tonic::{Code, Status};
 
 use super::core::Core;
 use super::counted_body::counted;
@@ -12,7 +10,6 @@ use super::history::History;
 use super::request::{Call, KeptBody};
 use super::status;
 use crate::balance::Permit;
-use crate::metrics::AttemptRecord;
 use crate::transport::deadline::Deadline;
 use crate::transport::exchange::Exchange;
 use crate::transport::http2::OpenError;
@@ -36,7 +33,7 @@ pub(super) enum Try {
 }
 
 impl Try {
-    fn previous(self) -> u32 {
+    pub(super) fn previous(self) -> u32 {
         match self {
             Self::First => 0,
             Self::Later { previous } => previous,
@@ -71,6 +68,10 @@ impl Attempt {
                     .insert(PREVIOUS_ATTEMPTS, previous.into());
             }
         }
+        call.start_span(which.previous());
+        if let Some(trace) = &call.trace {
+            trace.prepare(permit.endpoint().address(), head.headers_mut());
+        }
         let kept = KeptBody::of(&body);
         let recall = match &kept {
             KeptBody::Pumped if core.retry(call).is_some() => Recall::Possible,
@@ -83,11 +84,8 @@ impl Attempt {
         match Exchange::start(permit.http2(), head, body, recall) {
             Ok(exchange) => {
                 permit.on_sent(now);
-                if let (Some(method), Some(sent)) = (&call.metrics, sent) {
-                    permit.record(AttemptRecord::start(Arc::clone(method), sent, now));
-                    if let Some(sends) = &call.sends {
-                        sends.on_sent(which.previous(), now);
-                    }
+                if sent.is_some() || call.trace.is_some() {
+                    permit.observe(call.observe(sent, which.previous(), now));
                 }
                 Ok(Self {
                     exchange,
@@ -95,11 +93,16 @@ impl Attempt {
                     kept,
                 })
             }
-            Err((error, body)) => Err(Box::new(Unsent {
-                permit,
-                body,
-                error,
-            })),
+            Err((error, body)) => {
+                if let OpenError::Malformed(_) = error {
+                    call.end_unsent_span(Code::Internal);
+                }
+                Err(Box::new(Unsent {
+                    permit,
+                    body,
+                    error,
+                }))
+            }
         }
     }
 }

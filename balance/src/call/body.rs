@@ -13,9 +13,10 @@ use tonic::{Code, Status};
 
 use super::core::Core;
 use super::http_status::code;
+use super::message_limits::{MessageCheck, MessageLimits};
+use super::observation::CallObservation;
 use super::status;
 use crate::balance::{AnswerFault, Blame, Permit};
-use crate::metrics::CallRecord;
 use crate::transport::deadline::Deadline;
 use crate::transport::response_body::{Broken, Incoming};
 
@@ -41,8 +42,10 @@ struct Stream {
     status_in_head: bool,
     /// Whether a data frame was returned.
     has_begun: bool,
-    /// The measurement of the call, if metrics are enabled.
-    record: Option<Box<CallRecord>>,
+    /// The check of the size of messages, if they have a limit.
+    check: Option<Box<MessageCheck>>,
+    /// The metrics and the span of the call, if either is enabled.
+    observation: Option<Box<CallObservation>>,
 }
 
 impl ResponseBody {
@@ -52,7 +55,7 @@ impl ResponseBody {
         status_in_head: bool,
         mut permit: Permit,
         core: Arc<Core>,
-        deadline: Option<Deadline>,
+        (deadline, limits): (Option<Deadline>, MessageLimits),
     ) -> Self {
         // Without a status in the head, trailers must follow, so the response has not ended. `is_complete` takes h2's lock, so it is called
         // only if the head has a status.
@@ -68,7 +71,8 @@ impl ResponseBody {
             deadline,
             status_in_head,
             has_begun: false,
-            record: None,
+            check: limits.of_response(),
+            observation: None,
         });
         Self {
             stream,
@@ -76,11 +80,11 @@ impl ResponseBody {
         }
     }
 
-    /// Sets the measurement of the call. If the response has already ended, the call ends.
-    pub(super) fn set_record(&mut self, mut record: Box<CallRecord>) {
+    /// Sets the metrics and the span of the call. If the response has already ended, they end.
+    pub(super) fn observe(&mut self, mut observation: Box<CallObservation>) {
         match &mut self.stream {
-            Some(stream) => stream.record = Some(record),
-            None => record.end(Code::Ok),
+            Some(stream) => stream.observation = Some(observation),
+            None => observation.end(Code::Ok, Instant::now()),
         }
     }
 }
@@ -134,12 +138,10 @@ impl Body for ResponseBody {
             return Poll::Pending;
         };
         let outcome = match outcome {
-            Some(Ok(frame)) if frame.is_data() => {
-                if let Some(data) = frame.data_ref() {
-                    stream.permit.on_data(data);
-                }
-                return Poll::Ready(Some(Ok(frame)));
-            }
+            Some(Ok(frame)) if frame.is_data() => match stream.check_data(&frame) {
+                Ok(()) => return Poll::Ready(Some(Ok(frame))),
+                Err(status) => Some(Err(status)),
+            },
             Some(Ok(trailers)) => Some(stream.check_trailers(trailers)),
             Some(Err(broken)) => Some(Err(stream.fail(broken))),
             None => stream.end().map(Err),
@@ -167,12 +169,30 @@ impl Body for ResponseBody {
 }
 
 impl Stream {
-    /// Ends the measurements of the attempt and of the call.
+    /// Counts a data frame, and checks the size of its messages.
+    fn check_data(&mut self, frame: &Frame<Bytes>) -> Result<(), Status> {
+        let Some(data) = frame.data_ref() else {
+            return Ok(());
+        };
+        self.permit.on_data(data);
+        let Some(check) = &mut self.check else {
+            return Ok(());
+        };
+        check.add(data).map_err(|reason| {
+            let address = self.permit.endpoint().address();
+            let service = &self.core.service;
+            Status::resource_exhausted(format!("call of {service:?} at {address}: {reason}"))
+        })
+    }
+
+    /// Ends the metrics and the spans of the attempt and of the call. Either both have an observation, or neither has one.
     fn on_end(&mut self, code: Code) {
-        self.permit.end_attempt(code);
-        if let Some(record) = &mut self.record {
-            record.end(code);
-        }
+        let Some(observation) = &mut self.observation else {
+            return;
+        };
+        let now = Instant::now();
+        self.permit.end_attempt_at(code, now);
+        observation.end(code, now);
     }
 
     fn fail(&mut self, broken: Broken) -> Status {

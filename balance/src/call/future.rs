@@ -19,6 +19,9 @@ use super::core::Core;
 use super::extension::WaitForReady;
 use super::hedging::hedge;
 use super::history::History;
+use super::live_config::LiveConfig;
+use super::message_limits::MessageLimits;
+use super::observation::CallObservation;
 use super::prepare::{TRUSTED_METADATA, needs_no_check};
 use super::request::{Call, KeptBody};
 use super::request_headers::{self, Headers};
@@ -27,7 +30,7 @@ use super::routing::Routing;
 use super::status;
 use crate::balance::Pick;
 use crate::deadline::inherited_timeout;
-use crate::metrics::CallRecord;
+use crate::traces::CallTrace;
 use crate::transport::deadline::{self, Deadline};
 use crate::transport::request_body::Outgoing;
 
@@ -42,8 +45,8 @@ pin_project! {
         deadline: Option<Deadline>,
         #[pin]
         timer: Option<Sleep>,
-        // The measurement of the call, if metrics are enabled.
-        record: Option<Box<CallRecord>>,
+        // The metrics and the span of the call, if either is enabled.
+        observation: Option<Box<CallObservation>>,
     }
 }
 
@@ -61,12 +64,27 @@ enum State {
 impl ResponseFuture {
     pub(crate) fn new(core: Arc<Core>, request: Request<Body>) -> Self {
         let (mut head, body) = request.into_parts();
+        let pick_key = core.pick_key(&head);
         request_headers::set_user_agent(&core.user_agent, &mut head.headers);
         let mut headers = Headers::new(head.headers, &core.user_agent);
-        if headers.timeout().is_none()
-            && let Some((timeout, field)) = &core.timeout
+        let live = core.live_config.as_ref();
+        let method_config = live.and_then(LiveConfig::current);
+        let settings = method_config
+            .as_deref()
+            .or(core.method_config.as_deref())
+            .and_then(|method_config| method_config.of_call(head.uri.path()));
+        let (timeout, wait_for_ready, limits) = match settings {
+            None => (&core.timeout, core.wait_for_ready, MessageLimits::NONE),
+            Some(settings) => (
+                &settings.timeout,
+                settings.wait_for_ready.unwrap_or(false),
+                MessageLimits::of(settings),
+            ),
+        };
+        if let Some(timeout) = timeout
+            && timeout.replaces(headers.timeout())
         {
-            headers.set_timeout(*timeout, field);
+            headers.set_timeout(timeout.duration, &timeout.field);
         }
         let is_inherited = match inherited_timeout(&head.extensions) {
             Some(inherited) if headers.timeout().is_none_or(|own| inherited < own) => {
@@ -88,19 +106,25 @@ impl ResponseFuture {
             let name = head.uri.path().strip_prefix('/').filter(|_| is_known);
             metrics.method(name)
         });
-        let record = metrics
-            .as_ref()
-            .map(|method| Box::new(CallRecord::start(Arc::clone(method), Instant::now())));
+        let traces = core.traces.as_ref();
+        let (span, trace) = traces
+            .and_then(|traces| CallTrace::start(traces, head.uri.path()))
+            .unzip();
+        let observation = span.map(|span| Box::new(CallObservation::traced(span)));
         let wait = head.extensions.get::<WaitForReady>();
-        let wait_for_ready = wait.map_or(core.wait_for_ready, |wait| wait.0);
+        let wait_for_ready = wait.map_or(wait_for_ready, |wait| wait.0);
         let call = Call {
             method: head.method,
             uri: head.uri,
             headers,
             extensions: head.extensions,
             wait_for_ready,
+            limits,
+            method_config,
+            pick_key,
             metrics,
             sends: None,
+            trace,
         };
         Self {
             core: Some(core),
@@ -108,7 +132,7 @@ impl ResponseFuture {
             state: State::New(body),
             deadline,
             timer: None,
-            record,
+            observation,
         }
     }
 }
@@ -121,7 +145,8 @@ impl ResponseFuture {
         if let (State::New(body), Some(core), Some(mut call)) =
             (state, this.core.take(), this.call.take())
         {
-            call.count_sends(this.record.as_deref_mut(), false, false);
+            CallObservation::measure(&mut this.observation, call.metrics.as_ref(), Instant::now());
+            call.count_sends(this.observation.as_deref_mut(), false, false);
             let history = History::with_routing(routing, core.shared().given_up());
             let deadline = this.deadline;
             let shared = Arc::clone(&core);
@@ -131,7 +156,7 @@ impl ResponseFuture {
                 let gathered = std::future::poll_fn(|cx| {
                     Poll::Ready(Outgoing::gather(body.take().unwrap_or_default(), cx))
                 });
-                let body = gathered.await?;
+                let body = call.limits.check(gathered.await?, &shared.service)?;
                 retry_loop::run(shared, call, body, None, history, deadline).await
             };
             this.state = State::Retry(core, Box::pin(retrying));
@@ -145,13 +170,13 @@ impl Future for ResponseFuture {
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let mut this = self.project();
-        let mut polled = this
-            .state
-            .poll(this.core, this.call, this.record, *this.deadline, cx);
+        let mut polled =
+            this.state
+                .poll(this.core, this.call, this.observation, *this.deadline, cx);
         if let Poll::Ready(outcome) = &mut polled {
             *this.state = State::Done;
-            if let Some(record) = this.record.take() {
-                pass_on(record, outcome);
+            if let Some(observation) = this.observation.take() {
+                pass_on(observation, outcome);
             }
             return polled;
         }
@@ -178,18 +203,21 @@ impl Future for ResponseFuture {
             }
             _ => return Poll::Pending,
         };
-        if let Some(record) = this.record {
-            record.end(status.code());
+        if let Some(mut observation) = this.observation.take() {
+            observation.end(status.code(), Instant::now());
         }
         Poll::Ready(Err(status))
     }
 }
 
-/// Passes the measurement of the call to the body of the response, or ends it if the call has failed.
-fn pass_on(mut record: Box<CallRecord>, outcome: &mut Result<Response<ResponseBody>, Status>) {
+/// Passes the metrics and the span of the call to the body of the response, or ends them if the call has failed.
+fn pass_on(
+    mut observation: Box<CallObservation>,
+    outcome: &mut Result<Response<ResponseBody>, Status>,
+) {
     match outcome {
-        Ok(response) => response.body_mut().set_record(record),
-        Err(status) => record.end(status.code()),
+        Ok(response) => response.body_mut().observe(observation),
+        Err(status) => observation.end(status.code(), Instant::now()),
     }
 }
 
@@ -198,7 +226,7 @@ impl State {
         &mut self,
         core: &mut Option<Arc<Core>>,
         call: &mut Option<Call>,
-        record: &mut Option<Box<CallRecord>>,
+        observation: &mut Option<Box<CallObservation>>,
         deadline: Option<Deadline>,
         cx: &mut Context<'_>,
     ) -> Poll<Result<Response<ResponseBody>, Status>> {
@@ -208,8 +236,15 @@ impl State {
                     let Self::New(body) = std::mem::replace(self, Self::Done) else {
                         return Poll::Pending;
                     };
-                    let body = Outgoing::gather(body, cx)?;
-                    Self::send(core, call, record, deadline, body)?
+                    let now = Instant::now();
+                    if let Some(call) = call {
+                        CallObservation::measure(observation, call.metrics.as_ref(), now);
+                    }
+                    let mut body = Outgoing::gather(body, cx)?;
+                    if let (Some(core), Some(call)) = (core.as_ref(), call.as_ref()) {
+                        body = call.limits.check(body, &core.service)?;
+                    }
+                    Self::send(core, call, observation, deadline, body, now)?
                 }
                 Self::Sent(attempt) => {
                     let mut head = ready!(attempt.exchange.poll_head(cx));
@@ -231,7 +266,7 @@ impl State {
                         }
                         outcome => {
                             let shared = Arc::clone(&core);
-                            call.count_sends(record.as_deref_mut(), false, true);
+                            call.count_sends(observation.as_deref_mut(), false, true);
                             let retry =
                                 retry_loop::after_first(core, call, attempt, outcome, deadline);
                             Self::Retry(shared, retry)
@@ -249,14 +284,14 @@ impl State {
     fn send(
         core: &mut Option<Arc<Core>>,
         call: &mut Option<Call>,
-        record: &mut Option<Box<CallRecord>>,
+        observation: &mut Option<Box<CallObservation>>,
         deadline: Option<Deadline>,
         body: Outgoing,
+        now: Instant,
     ) -> Result<Self, Status> {
         let (Some(channel), Some(request)) = (core.as_ref(), call.as_mut()) else {
             return Ok(Self::Done);
         };
-        let now = Instant::now();
         if let Some(deadline) = deadline.filter(|deadline| now >= deadline.at()) {
             return Err(status::deadline_exceeded(
                 channel,
@@ -274,13 +309,13 @@ impl State {
             let (Some(channel), Some(mut request)) = (core.take(), call.take()) else {
                 return Ok(Self::Done);
             };
-            request.count_sends(record.as_deref_mut(), true, false);
+            request.count_sends(observation.as_deref_mut(), true, false);
             let (shared, kept) = (Arc::clone(&channel), KeptBody::of(&body));
             let hedged = hedge(shared, request, kept, policy, deadline);
             return Ok(Self::Retry(channel, hedged));
         }
         let mut history = History::default();
-        let (body, permit) = match channel.shared().pick(|_| true) {
+        let (body, permit) = match channel.shared().pick(&request.pick_key, |_| true) {
             // The permit is kept, because a second pick would take a second turn in round robin.
             Pick::Taken(permit) if !needs_no_check(channel, request, &permit, now) => {
                 (body, Some(permit))
@@ -296,7 +331,7 @@ impl State {
         let (Some(channel), Some(mut request)) = (core.take(), call.take()) else {
             return Ok(Self::Done);
         };
-        request.count_sends(record.as_deref_mut(), false, false);
+        request.count_sends(observation.as_deref_mut(), false, false);
         let retrying = retry_loop::run(
             Arc::clone(&channel),
             request,

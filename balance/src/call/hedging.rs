@@ -99,10 +99,22 @@ impl Hedging {
 
     /// Waits for a permit, in the same way as a call without hedging. Used only while no attempt is in flight.
     async fn first_permit(&mut self) -> Result<Result<Permit, Status>, Deadline> {
-        let Conclusion { core, call, .. } = &self.conclusion;
+        let Conclusion {
+            core,
+            call,
+            deadline,
+            ..
+        } = &mut self.conclusion;
+        call.start_span(self.sent);
         let picked = pick_prepared(core, call, None, &mut self.history);
-        let picked = before_deadline(self.conclusion.deadline, picked).await?;
-        Ok(picked.map_err(PickError::into_status))
+        let picked = before_deadline(*deadline, picked).await;
+        let picked = picked.map(|picked| picked.map_err(PickError::into_status));
+        match &picked {
+            Ok(Ok(_)) => {}
+            Ok(Err(status)) => call.end_unsent_span(status.code()),
+            Err(_) => call.end_unsent_span(Code::DeadlineExceeded),
+        }
+        picked
     }
 
     /// Sends one attempt. Returns true if it was sent, and false if the connection did not accept it.
@@ -137,7 +149,8 @@ impl Hedging {
     fn send_another(&mut self) -> Result<(), Status> {
         self.next = None;
         while self.may_send() {
-            let snapshot = self.conclusion.core.shared().snapshot(SCAN_LIMIT);
+            let Conclusion { core, call, .. } = &self.conclusion;
+            let snapshot = core.shared().snapshot(&call.pick_key, SCAN_LIMIT);
             let Pick::Taken(permit) = self.history.pick_new(&snapshot) else {
                 break;
             };
@@ -159,7 +172,8 @@ impl Hedging {
 
     /// Returns true if another hedge is allowed by the retry budget, the policy, the servers, and the history of lost connections.
     fn may_send(&self) -> bool {
-        let method_config = self.conclusion.core.method_config.as_deref();
+        let Conclusion { core, call, .. } = &self.conclusion;
+        let method_config = core.method_config(call);
         let allows_retry =
             method_config.is_some_and(|method_config| method_config.tokens().allows_retry());
         // If a connection was lost while this call was on it, the call may be the cause. A hedge could then end another connection,
@@ -233,7 +247,8 @@ impl Hedging {
             );
         }
         let is_fatal = self.policy.is_fatal(code);
-        if let Some(method_config) = self.conclusion.core.method_config.as_deref()
+        let Conclusion { core, call, .. } = &self.conclusion;
+        if let Some(method_config) = core.method_config(call)
             && (!is_fatal || pushback == Pushback::Never)
         {
             method_config.tokens().on_failure();

@@ -8,7 +8,9 @@ use super::core::Core;
 use super::routing::Routing;
 use super::status;
 use crate::address::Address;
-use crate::balance::{Endpoint, Exclusions, Permit, Pick, ReadyConnection, Snapshot, Summary};
+use crate::balance::{
+    Endpoint, Exclusions, Permit, Pick, PickKey, ReadyConnection, Snapshot, Summary,
+};
 
 /// The history of a call: the endpoints and connections that did not process the call in its current attempt, and the endpoints of its
 /// earlier attempts.
@@ -169,8 +171,9 @@ impl History {
     }
 
     /// Returns the exclusions of this call for the wait queue. The queue does not hand the call a stream of an excluded connection or
-    /// endpoint. With `avoid_used_endpoints`, all avoided endpoints are included.
-    pub(super) fn exclusions(&self, avoid_used_endpoints: bool) -> Exclusions {
+    /// endpoint. With `avoid_used_endpoints`, all avoided endpoints are included. If the call can use only selected endpoints, all others are
+    /// excluded.
+    pub(super) fn exclusions(&self, key: &PickKey, avoid_used_endpoints: bool) -> Exclusions {
         let endpoints = self.endpoints.iter();
         let mut endpoints: Vec<_> = endpoints
             .map(|endpoint| endpoint.address().clone())
@@ -182,6 +185,7 @@ impl History {
             connections: self.connections.clone(),
             silent: self.silent.clone(),
             endpoints,
+            select: key.select().filter(|select| !select.allows_any()).cloned(),
         }
     }
 
@@ -201,7 +205,7 @@ impl History {
     /// Picks a connection, preferably to an endpoint that the call has not used. If all ready endpoints that the call has not used are full
     /// (have no free stream), picks a used endpoint. With `avoid_used_endpoints`, returns `Full` in this case, so that the call waits for a
     /// free stream.
-    pub(super) fn pick(&self, snapshot: &Snapshot<'_>, avoid_used_endpoints: bool) -> Pick<Permit> {
+    pub(super) fn pick(&self, snapshot: &Snapshot, avoid_used_endpoints: bool) -> Pick<Permit> {
         let mut is_full = false;
         if !self.avoided.is_empty() {
             let last = self.avoided.last();
@@ -221,9 +225,7 @@ impl History {
                 pick => return pick,
             }
         }
-        let Summary {
-            endpoints, pending, ..
-        } = *snapshot.summary();
+        let (endpoints, pending) = snapshot.endpoints_and_pending();
         let picked = match snapshot.pick(|connection| self.is_untried_endpoint(connection)) {
             // Every reachable endpoint was tried. Behind a proxy, another connection to the same endpoint often leads to another server, so
             // untried connections of tried endpoints are allowed. This does not apply if a private connection could not be dialled: on
@@ -243,7 +245,7 @@ impl History {
     }
 
     /// Picks an endpoint that the call has not used in any attempt.
-    pub(super) fn pick_new(&self, snapshot: &Snapshot<'_>) -> Pick<Permit> {
+    pub(super) fn pick_new(&self, snapshot: &Snapshot) -> Pick<Permit> {
         let avoided = |connection: &Arc<ReadyConnection>| {
             self.avoided.contains(connection.endpoint().address())
         };

@@ -21,6 +21,10 @@ mod hedging;
 mod history;
 mod http_status;
 mod kept_fields;
+mod live_config;
+mod message_limits;
+pub(crate) mod method_config;
+mod observation;
 mod prepare;
 mod request;
 mod request_headers;
@@ -38,4 +42,5 @@ pub use routing::Routing;
 pub use status::CallError;
 
 pub(crate) use self::core::Core;
+pub(crate) use live_config::LiveConfig;
 pub(crate) use wait_for_endpoint::ready;

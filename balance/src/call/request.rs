@@ -5,9 +5,15 @@ use std::sync::Arc;
 use bytes::Bytes;
 use http::{Extensions, Method, Uri};
 use tokio::time::Instant;
+use tonic::Code;
 
+use super::message_limits::MessageLimits;
+use super::method_config::MethodConfig;
+use super::observation::CallObservation;
 use super::request_headers::Headers;
-use crate::metrics::{CallRecord, MethodMetrics, Sends};
+use crate::balance::{AttemptObservation, PickKey};
+use crate::metrics::{AttemptRecord, MethodMetrics, Sends, SentSize};
+use crate::traces::CallTrace;
 use crate::transport::request_body::Outgoing;
 
 /// The kept part of a request, without its body.
@@ -17,10 +23,17 @@ pub(super) struct Call {
     pub(super) headers: Headers,
     pub(super) extensions: Extensions,
     pub(super) wait_for_ready: bool,
+    pub(super) limits: MessageLimits,
+    /// The settings of methods under the service config of the source that was in force when the call was made, if there was one.
+    pub(super) method_config: Option<Arc<MethodConfig>>,
+    /// What the picks of the call depend on.
+    pub(super) pick_key: PickKey,
     /// The instruments of the method, if metrics are enabled.
     pub(super) metrics: Option<Arc<MethodMetrics>>,
     /// The count of the sends, if metrics are enabled and the call has left the common path.
     pub(super) sends: Option<Arc<Sends>>,
+    /// Starts the spans of attempts, if traces are enabled.
+    pub(super) trace: Option<Box<CallTrace>>,
 }
 
 impl Call {
@@ -32,11 +45,44 @@ impl Call {
     /// Starts to count the sends, when the call leaves the common path. `sent` states whether it was already sent once.
     pub(super) fn count_sends(
         &mut self,
-        record: Option<&mut CallRecord>,
+        observation: Option<&mut CallObservation>,
         hedged: bool,
         sent: bool,
     ) {
-        self.sends = record.map(|record| record.count_sends(hedged, sent));
+        self.sends = observation.and_then(|observation| observation.count_sends(hedged, sent));
+    }
+
+    /// Starts the span of an attempt, unless it was started already. `previous` is the number of earlier attempts.
+    pub(super) fn start_span(&mut self, previous: u32) {
+        if let Some(trace) = &mut self.trace {
+            trace.start_attempt(self.uri.path(), previous);
+        }
+    }
+
+    /// Returns the metrics and the span of an attempt that was sent. `sent` is the size of its request messages, if metrics are enabled.
+    pub(super) fn observe(
+        &mut self,
+        sent: Option<SentSize>,
+        previous: u32,
+        now: Instant,
+    ) -> AttemptObservation {
+        let span = self.trace.as_mut().and_then(|trace| trace.take_sent());
+        let measured = self.metrics.as_ref().zip(sent);
+        if let (Some(sends), Some(_)) = (&self.sends, &measured) {
+            sends.on_sent(previous, now);
+        }
+        AttemptObservation {
+            metrics: measured
+                .map(|(method, sent)| AttemptRecord::start(Arc::clone(method), sent, now)),
+            span,
+        }
+    }
+
+    /// Ends the span of an attempt that was not sent.
+    pub(super) fn end_unsent_span(&mut self, code: Code) {
+        if let Some(trace) = &mut self.trace {
+            trace.end_unsent(code);
+        }
     }
 
     /// Records that no attempt of the call is active.

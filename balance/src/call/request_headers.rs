@@ -68,13 +68,14 @@ impl Headers {
         self.timeout
     }
 
-    /// Sets the timeout and its field, in place of the previous one.
+    /// Sets the timeout and its field, in place of those of the request.
     pub(super) fn set_timeout(&mut self, timeout: Duration, field: &HeaderValue) {
-        let is_new = self.timeout.replace(timeout).is_none();
-        if self.size > 0 && is_new {
-            self.size += field_size(&GRPC_TIMEOUT, field);
+        self.timeout = Some(timeout);
+        let replaced = self.map.insert(GRPC_TIMEOUT, field.clone());
+        if self.size > 0 {
+            let replaced = replaced.map_or(0, |field| field_size(&GRPC_TIMEOUT, &field));
+            self.size = (self.size + field_size(&GRPC_TIMEOUT, field)).saturating_sub(replaced);
         }
-        self.map.insert(GRPC_TIMEOUT, field.clone());
     }
 
     /// Returns the size of the header list in bytes as RFC 9113 counts it, or 0 for a call without metadata.

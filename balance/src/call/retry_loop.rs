@@ -148,8 +148,8 @@ impl Attempts {
             return Decision::GiveUp(None);
         };
         let Conclusion { core, call, .. } = &self.conclusion;
-        let method_config = core.method_config.as_deref();
-        let policy = method_config
+        let policy = core
+            .method_config(call)
             .and_then(|method_config| Some((method_config, method_config.retry(call.path())?)));
         let Some((method_config, policy)) = policy else {
             return Decision::GiveUp(None);

@@ -90,21 +90,28 @@ pub(super) async fn send(
         deadline,
     } = sending;
     loop {
+        call.start_span(which.previous());
         let picked = pick_prepared(core, call, first.take(), history);
-        let permit = match before_deadline(deadline, picked).await {
-            Ok(Ok(permit)) => permit,
-            Ok(Err(PickError::NoEndpoint(status))) => return Err(Failed::unsent(status, body)),
-            Ok(Err(PickError::Refused(status))) => return Err(Failed::permanent(status)),
-            Err(late) => {
-                let status = status::deadline_exceeded(core, late, "waiting for an endpoint");
-                return Err(Failed::permanent(status));
-            }
+        let picked = match before_deadline(deadline, picked).await {
+            Ok(picked) => picked,
+            Err(late) => Err(PickError::late(core, late)),
         };
         let now = Instant::now();
-        if let Some(late) = deadline.filter(|deadline| now >= deadline.at()) {
-            let status = status::deadline_exceeded(core, late, "waiting for an endpoint");
-            return Err(Failed::permanent(status));
-        }
+        let late = deadline.filter(|deadline| now >= deadline.at());
+        let picked = match (picked, late) {
+            (Ok(_), Some(late)) => Err(PickError::late(core, late)),
+            (picked, _) => picked,
+        };
+        let permit = match picked {
+            Ok(permit) => permit,
+            Err(error) => {
+                call.end_unsent_span(error.status().code());
+                return Err(match error {
+                    PickError::NoEndpoint(status) => Failed::unsent(status, body),
+                    PickError::Refused(status) => Failed::permanent(status),
+                });
+            }
+        };
         let mut attempt = match Attempt::start(core, call, permit, body, deadline, which, now) {
             Ok(attempt) => attempt,
             Err(unsent) => {
@@ -139,11 +146,22 @@ pub(super) async fn send(
 pub(super) enum PickError {
     /// No endpoint can take the call.
     NoEndpoint(Status),
-    /// The picked endpoint would not accept the call, because the metadata is too large.
+    /// The deadline has passed, or the picked endpoint would not accept the call, because the metadata is too large.
     Refused(Status),
 }
 
 impl PickError {
+    fn late(core: &Core, late: Deadline) -> Self {
+        let status = status::deadline_exceeded(core, late, "waiting for an endpoint");
+        Self::Refused(status)
+    }
+
+    fn status(&self) -> &Status {
+        match self {
+            Self::NoEndpoint(status) | Self::Refused(status) => status,
+        }
+    }
+
     pub(super) fn into_status(self) -> Status {
         match self {
             Self::NoEndpoint(status) | Self::Refused(status) => status,
@@ -162,7 +180,14 @@ pub(super) async fn pick_prepared(
         let permit = if let Some(permit) = first.take() {
             permit
         } else {
-            let waited = wait_for_endpoint(core, history, call.wait_for_ready).await;
+            let waited = wait_for_endpoint(
+                core,
+                history,
+                &call.pick_key,
+                call.wait_for_ready,
+                call.trace.as_deref(),
+            )
+            .await;
             waited.map_err(PickError::NoEndpoint)?
         };
         match prepare(core, call, permit, history).await {

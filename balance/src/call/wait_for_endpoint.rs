@@ -10,14 +10,17 @@ use tonic::Status;
 use super::core::Core;
 use super::history::History;
 use super::status;
-use crate::balance::{Permit, Pick, SCAN_LIMIT, Summary};
+use crate::balance::{Permit, Pick, PickKey, SCAN_LIMIT, Summary};
+use crate::traces::CallTrace;
 
 /// Picks a connection that the call has not tried, and waits until one is available. Returns an error if no such connection is expected to
-/// become available.
+/// become available. `trace` receives the events of the wait.
 pub(super) async fn wait_for_endpoint(
     core: &Core,
     history: &mut History,
+    key: &PickKey,
     wait_for_ready: bool,
+    trace: Option<&CallTrace>,
 ) -> Result<Permit, Status> {
     // Yields to the scheduler when the task's cooperative budget is used up. Otherwise, a caller that retries failing calls in a tight loop
     // would starve the channel's background task (the driver), although the calls wait for this task.
@@ -27,6 +30,7 @@ pub(super) async fn wait_for_endpoint(
         return Err(history.take_status(core, &shared.summary(), "refused"));
     }
     let mut waiting = None;
+    let mut delays = Delays::new(trace);
     // For a short time, the call waits for a stream of a full endpoint instead of using an endpoint where it has failed.
     let mut avoid_until = history
         .avoids()
@@ -49,14 +53,33 @@ pub(super) async fn wait_for_endpoint(
             } else {
                 0
             };
-            let snapshot = shared.snapshot(scan_limit.max(SCAN_LIMIT));
+            let snapshot = shared.snapshot(key, scan_limit.max(SCAN_LIMIT));
+            delays.on_snapshot(snapshot.summary());
             let next = match history.pick(&snapshot, avoid_until.is_some()) {
-                Pick::Taken(permit) => return Ok(permit),
+                Pick::Taken(permit) => {
+                    delays.on_picked();
+                    return Ok(permit);
+                }
                 Pick::Excluded if history.is_refusal_final() => Next::fail("refused"),
                 Pick::Full | Pick::Excluded => {
-                    Next::Wait([avoid_until, silent_until].into_iter().flatten().min())
+                    // If all selected endpoints are ejected, the queue does not hand over their streams, so the call looks again.
+                    let select_until = key.select().map(|_| Instant::now() + SELECTED_WAIT);
+                    let until = [avoid_until, silent_until, select_until];
+                    Next::Wait(until.into_iter().flatten().min())
                 }
-                Pick::Empty => Next::without_ready(core, snapshot.summary(), wait_for_ready),
+                Pick::Empty => {
+                    let (_, pending) = snapshot.endpoints_and_pending();
+                    let summary = Summary {
+                        pending,
+                        ..snapshot.summary().clone()
+                    };
+                    match Next::without_ready(core, &summary, wait_for_ready) {
+                        Next::Fail(why) if summary.has_endpoints() => {
+                            Next::Fail(snapshot.explain(&shared.known()).map_or(why, Into::into))
+                        }
+                        next => next,
+                    }
+                }
             };
             match next {
                 Next::Fail(why) => return Err(history.take_status(core, snapshot.summary(), &why)),
@@ -68,15 +91,19 @@ pub(super) async fn wait_for_endpoint(
         shared.demand();
         let Some(queued) = &waiting else {
             let waiters = shared.waiters();
-            let joined = waiters.join(history.exclusions(avoid_until.is_some()));
+            let joined = waiters.join(history.exclusions(key, avoid_until.is_some()));
             waiting = Some(joined.ok_or_else(|| status::wait_queue_full(core, waiters.limit()))?);
+            delays.has_waited = true;
             // From now on, the queue hands streams that become free to this call. The next iteration searches the set for streams that
             // became free earlier.
             continue;
         };
         tokio::select! {
             biased;
-            permit = queued.permit() => return Ok(permit),
+            permit = queued.permit() => {
+                delays.on_picked();
+                return Ok(permit);
+            }
             () = changed => {}
             () = sleep_until(until) => {}
         }
@@ -119,6 +146,50 @@ pub(crate) async fn ready(core: &Core) -> Result<(), Status> {
         tokio::select! {
             () = changed => {}
             () = tokio::time::sleep_until(until) => {}
+        }
+    }
+}
+
+/// Reports the delays of a call to its trace.
+struct Delays<'a> {
+    trace: Option<&'a CallTrace>,
+    is_unresolved: bool,
+    has_waited: bool,
+}
+
+impl<'a> Delays<'a> {
+    fn new(trace: Option<&'a CallTrace>) -> Self {
+        Self {
+            trace,
+            is_unresolved: false,
+            has_waited: false,
+        }
+    }
+
+    fn on_snapshot(&mut self, summary: &Summary) {
+        if !summary.known {
+            self.is_unresolved = true;
+        } else if self.is_unresolved {
+            self.on_resolved();
+        }
+    }
+
+    fn on_resolved(&mut self) {
+        self.is_unresolved = false;
+        if let Some(trace) = self.trace {
+            trace.on_resolved();
+        }
+    }
+
+    fn on_picked(&mut self) {
+        // The queue can hand over a permit before the call has read that the endpoints are known.
+        if self.is_unresolved {
+            self.on_resolved();
+        }
+        if let Some(trace) = self.trace
+            && self.has_waited
+        {
+            trace.on_picked();
         }
     }
 }
@@ -170,6 +241,8 @@ const SCAN_BUDGET: usize = 200_000;
 /// How long a retry waits for a free stream on an endpoint where the call has not failed. The value is about the duration of a typical
 /// call.
 const UNUSED_ENDPOINT_WAIT: Duration = Duration::from_millis(50);
+/// How often a call with a selection looks for a free stream, in addition to the wait queue.
+const SELECTED_WAIT: Duration = Duration::from_millis(50);
 /// How long a call waits for another connection after its connection did not answer a check. TCP repeats its first packet after about this
 /// time (RFC 6298, section 2), so a dial whose first packet was lost may still succeed.
 const SILENT_CONNECTION_WAIT: Duration = Duration::from_secs(1);

@@ -12,7 +12,7 @@ use tower::Service;
 
 #[cfg(doc)]
 use super::ChannelBuilder;
-use super::ChannelError;
+use super::{ChannelError, TrafficSplit};
 use crate::address::Address;
 use crate::balance::EndpointStatus;
 use crate::call::{self, Core, ResponseBody, ResponseFuture, Routing};
@@ -99,6 +99,22 @@ impl BalancedChannel {
         if let Some(connection) = routing.connection() {
             self.0.shared().give_up(&connection);
         }
+    }
+
+    /// Replaces the [traffic split](TrafficSplit) of the channel. A split without parts ends the split. No call fails because of the change.
+    /// Calls use the new split as soon as the background task of the channel has applied it, usually within a millisecond.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`ChannelError::InvalidOption`] if the split is not valid: two parts with the same labels, all weights 0, or more than 64
+    /// parts. The previous split then stays.
+    pub fn set_split(&self, split: TrafficSplit) -> Result<(), ChannelError> {
+        if let Some(reason) = split.invalid_reason() {
+            let service = self.0.service.clone();
+            return Err(ChannelError::InvalidOption { service, reason });
+        }
+        self.0.shared().set_split(split);
+        Ok(())
     }
 
     /// Returns whether the channel can make no more calls, because its runtime has ended, its driver has panicked, or the channel is

@@ -5,8 +5,8 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use http::uri::Scheme;
-use http::{HeaderValue, Uri};
+use http::uri::{Authority, Scheme};
+use http::{HeaderName, HeaderValue, Uri};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::runtime::RuntimeFlavor;
 use tokio_stream::{Stream, StreamExt};
@@ -15,17 +15,20 @@ use tower::discover::Change;
 
 use super::dns::Dns;
 use super::keep_alive::KeepAliveOptions;
+use super::service_config::{
+    ProgramOptions, ServiceConfigMode, ServiceConfigOptions, follow_source,
+};
 use super::source::{Addresses, Changes, Discover, EndpointSource, Endpoints, SourceContext};
 use super::{BalancedChannel, ChannelError};
 use crate::address::{Address, AddressPolicy};
 use crate::attributes::Attributes;
 use crate::balance::{self, Balancer, Gauges, LbPolicy, Options, OutlierDetection, Updates};
 use crate::call::Core;
-use crate::call::retry::method_config::MethodConfigBuilder;
+use crate::call::method_config::{MethodTimeout, ProgramMethods};
 use crate::causes::causes;
 use crate::metrics::{ChannelMetrics, Metrics};
+use crate::traces::Traces;
 use crate::transport::connect::Connector;
-use crate::transport::deadline;
 use crate::transport::health_client::HealthCheck;
 use crate::transport::http2::MAX_WINDOW;
 #[cfg(feature = "tls")]
@@ -46,18 +49,21 @@ pub struct ChannelBuilder<S = ()> {
 #[derive(Clone, Debug)]
 pub(super) struct Config {
     service: Option<String>,
-    options: Options,
+    /// The policy, if the program has set one.
+    policy: Option<LbPolicy>,
+    pub(super) options: Options,
     pub(super) connector: Connector,
     user_agent: Option<HeaderValue>,
     origin: Option<Uri>,
-    timeout: Option<Duration>,
-    wait_for_ready: bool,
+    pub(super) hash_header: Option<HeaderName>,
     startup_timeout: Duration,
-    pub(super) methods: MethodConfigBuilder,
+    pub(super) methods: ProgramMethods,
+    pub(super) from_service: ServiceConfigOptions,
     address_policy: Option<AddressPolicy>,
     health_check: Option<String>,
     pub(super) keep_alive: KeepAliveOptions,
     metrics: Option<Metrics>,
+    traces: Option<Traces>,
     /// The first invalid option or address, with the reason.
     invalid: Option<String>,
 }
@@ -65,7 +71,7 @@ pub(super) struct Config {
 impl<S> ChannelBuilder<S> {
     /// Sets the policy that picks an endpoint. Default [`LbPolicy::Latency`].
     pub fn policy(mut self, policy: LbPolicy) -> Self {
-        self.config.options.policy = policy;
+        self.config.policy = Some(policy);
         self
     }
 
@@ -135,14 +141,14 @@ impl<S> ChannelBuilder<S> {
 
     /// Sets the default timeout of calls. A timeout that the request itself sets takes precedence. Default: no timeout.
     pub fn timeout(mut self, timeout: Duration) -> Self {
-        self.config.timeout = Some(timeout);
+        self.config.methods.all().timeout = Some(MethodTimeout::new(timeout));
         self
     }
 
     /// Sets whether calls wait for an endpoint instead of failing at once. Default `false`. The extension
     /// [`WaitForReady`](crate::channel::WaitForReady) of a request overrides this setting.
     pub fn wait_for_ready(mut self, wait: bool) -> Self {
-        self.config.wait_for_ready = wait;
+        self.config.methods.all().wait_for_ready = Some(wait);
         self
     }
 
@@ -305,6 +311,13 @@ impl<S> ChannelBuilder<S> {
         self
     }
 
+    /// Enables traces: each call and each of its attempts has a span of the crate `tracing`. Disabled by default. The channels of a registry
+    /// have the traces of the registry. The module [`traces`](crate::traces) describes the spans.
+    pub fn traces(mut self, traces: Traces) -> Self {
+        self.config.traces = Some(traces);
+        self
+    }
+
     /// Sets the policy for the addresses that host names resolve to. Default: the policy of the source, or else [`AddressPolicy::default`].
     pub fn address_policy(mut self, policy: AddressPolicy) -> Self {
         self.config.address_policy = Some(policy);
@@ -323,18 +336,20 @@ impl ChannelBuilder {
     fn new() -> Self {
         let config = Config {
             service: None,
+            policy: None,
             options: Options::default(),
             connector: Connector::default(),
             user_agent: None,
             origin: None,
-            timeout: None,
-            wait_for_ready: false,
+            hash_header: None,
             startup_timeout: STARTUP_TIMEOUT,
-            methods: MethodConfigBuilder::default(),
+            methods: ProgramMethods::default(),
+            from_service: ServiceConfigOptions::default(),
             address_policy: None,
             health_check: None,
             keep_alive: KeepAliveOptions::default(),
             metrics: None,
+            traces: None,
             invalid: None,
         };
         Self { source: (), config }
@@ -484,14 +499,11 @@ impl Config {
             name,
             handle,
             target,
+            service_configs,
         } = endpoints;
         let service = self.service.take().or(service);
         let service = service.unwrap_or_else(|| UNNAMED.to_owned());
-        let unknown = if known.is_some() {
-            "the source of endpoints has not reported the set within the startup timeout"
-        } else {
-            "the source has reported no endpoint within the startup timeout"
-        };
+        let unknown = unknown_reason(known.is_some());
         let mut connector = self.connector;
         connector.static_addresses = static_addresses;
         connector.host = name
@@ -499,43 +511,35 @@ impl Config {
             .and_then(Address::host)
             .map(|host| host.trim_end_matches('.').into());
         connector.http2.keep_alive = self.keep_alive.build();
-        if let Some(policy) = self.address_policy.or(policy) {
-            connector.policy = policy;
-        }
-        // If the TLS configuration names the servers, and the program sets no other `origin`, this name is the authority of all calls. The
-        // source of endpoints cannot change it.
-        let mut scheme = if connector.is_tls() {
-            Scheme::HTTPS
-        } else {
-            Scheme::HTTP
-        };
-        let server_name = connector.server_name().map(str::to_owned);
-        let server_name = server_name.or_else(|| name.as_ref().map(Address::to_string));
-        let mut authority = server_name.and_then(|name| name.parse().ok());
-        if let Some(origin) = self.origin {
-            let origin = origin.into_parts();
-            scheme = origin.scheme.unwrap_or(scheme);
-            authority = origin.authority.or(authority);
-        }
+        connector.policy = self.address_policy.or(policy).unwrap_or_default();
+        let (scheme, authority) = scheme_and_authority(&connector, name.as_ref(), self.origin);
         let user_agent = user_agent(self.user_agent);
         let mut options = self.options;
         options.on_refused = on_refused;
-        if let Some(service) = self.health_check {
-            connector.http2.reserved_streams = 1;
-            options.health_check = Some(HealthCheck {
-                service,
+        let is_ignored = self.from_service.mode == ServiceConfigMode::Ignore;
+        let service_configs = service_configs.filter(|_| !is_ignored);
+        let program = ProgramOptions {
+            policy: self.policy,
+            outlier_detection: options.outlier_detection.take(),
+            health_check: self.health_check,
+            health_client: HealthCheck {
+                service: String::new(),
                 scheme: scheme.clone(),
                 authority: authority.clone(),
                 user_agent: user_agent.clone(),
-            });
+            },
+            methods: self.methods,
+            from_service: self.from_service,
+        };
+        let (balancing, methods) = program.combined(None);
+        // A later service config can enable the health check, and open connections keep their number of reserved streams.
+        if balancing.health_check.is_some() || service_configs.is_some() {
+            connector.http2.reserved_streams = 1;
         }
-        let changes = changes.map(|change| match change {
-            Ok(Change::Insert(address, attributes)) => {
-                Ok(Change::Insert(address, attributes.into()))
-            }
-            Ok(Change::Remove(address)) => Ok(Change::Remove(address)),
-            Err(error) => Err(error),
-        });
+        options.policy = balancing.policy;
+        options.outlier_detection = balancing.outlier_detection;
+        options.health_check = balancing.health_check;
+        let changes = changes.map(with_attributes);
         let feed = match known {
             Some(known) => Updates::known_after(changes, known),
             None => Updates::new(changes),
@@ -558,21 +562,27 @@ impl Config {
             );
             balancer.end(&format!("the channel is not valid: {reason}"));
         }
+        let channel = program.channel();
+        let live_config = service_configs.map(|configs| {
+            let shared = Arc::downgrade(balancer.shared());
+            follow_source(configs, program, shared)
+        });
         BalancedChannel(Arc::new(Core {
             balancer,
             service,
             user_agent,
             scheme,
             authority,
-            timeout: self
-                .timeout
-                .map(|timeout| (timeout, deadline::format(timeout))),
-            wait_for_ready: self.wait_for_ready,
+            wait_for_ready: channel.wait_for_ready.unwrap_or(false),
+            timeout: channel.timeout,
+            hash_header: self.hash_header,
             startup_timeout: self.startup_timeout,
             unknown,
             is_single_threaded: is_single_threaded(),
-            method_config: self.methods.build(),
+            method_config: methods.has_effect().then(|| Box::new(methods)),
+            live_config,
             metrics,
+            traces: self.traces,
             _gauges: gauges,
             source_error,
             source_handle: handle,
@@ -586,6 +596,45 @@ const UNNAMED: &str = "(unnamed)";
 const MAX_CONNECTIONS: usize = 1_000;
 /// The initial connection window of HTTP/2 (RFC 9113, section 6.9.2), which a client cannot reduce.
 const MIN_CONNECTION_WINDOW: u32 = 65_535;
+
+/// Returns the scheme and the authority of all calls. If the TLS configuration names the servers, or the endpoints are the addresses of a
+/// name, and the program sets no other `origin`, this name is the authority. The source of endpoints cannot change it.
+fn scheme_and_authority(
+    connector: &Connector,
+    name: Option<&Address>,
+    origin: Option<Uri>,
+) -> (Scheme, Option<Authority>) {
+    let origin = origin.unwrap_or_default().into_parts();
+    let default = if connector.is_tls() {
+        Scheme::HTTPS
+    } else {
+        Scheme::HTTP
+    };
+    let server_name = connector.server_name().map(str::to_owned);
+    let server_name = server_name.or_else(|| name.map(Address::to_string));
+    let authority = server_name.and_then(|name| name.parse().ok());
+    let scheme = origin.scheme.unwrap_or(default);
+    (scheme, origin.authority.or(authority))
+}
+
+/// Converts the attributes of a new endpoint.
+fn with_attributes<A: Into<Attributes>, E>(
+    change: Result<Change<Address, A>, E>,
+) -> Result<Change<Address, Attributes>, E> {
+    Ok(match change? {
+        Change::Insert(address, attributes) => Change::Insert(address, attributes.into()),
+        Change::Remove(address) => Change::Remove(address),
+    })
+}
+
+/// Returns the reason why a call fails while the set of endpoints is unknown.
+fn unknown_reason(reports_known: bool) -> &'static str {
+    if reports_known {
+        "the source of endpoints has not reported the set within the startup timeout"
+    } else {
+        "the source has reported no endpoint within the startup timeout"
+    }
+}
 
 /// Returns an empty set of endpoints, for a channel whose source cannot be used.
 fn no_endpoints() -> Endpoints<Changes> {

@@ -9,19 +9,26 @@ mod dns;
 pub(crate) mod error;
 mod keep_alive;
 mod keep_alive_options;
-mod retry_options;
+mod method_options;
+mod pick_options;
+mod service_config;
+mod service_config_options;
 mod source;
 
 pub use crate::attributes::Attributes;
 pub use crate::balance::{
-    EndpointState, EndpointStatus, FailurePercentageEjection, OutlierDetection, SuccessRateEjection,
+    EjectionReason, EndpointState, EndpointStatus, FailurePercentageEjection, HashKey,
+    OutlierDetection, PickInfo, PickPolicy, ReadyEndpoint, ReadyEndpoints, Select,
+    SuccessRateEjection, TrafficSplit,
 };
 pub use crate::call::retry::{HedgingPolicy, RetryBudget};
 pub use crate::call::{ResponseBody, ResponseFuture, Routing, ServedBy, WaitForReady};
+pub use crate::service_config::ServiceConfig;
 pub use balanced::BalancedChannel;
 pub use builder::ChannelBuilder;
 pub use dns::Dns;
 pub(crate) use error::ChannelError;
+pub use service_config::ServiceConfigMode;
 pub use source::{Addresses, Discover, EndpointSource, Endpoints, SourceContext};
 
 #[cfg(test)]

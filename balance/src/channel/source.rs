@@ -14,6 +14,7 @@ use tower::discover::Change;
 use crate::address::{Address, AddressError, AddressPolicy, without_password};
 use crate::attributes::Attributes;
 use crate::balance::OnRefused;
+use crate::service_config::ServiceConfig;
 
 /// A source of endpoints for a channel, for example a resolver.
 ///
@@ -100,7 +101,11 @@ pub struct Endpoints<S> {
     pub(super) name: Option<Address>,
     pub(super) handle: Option<SourceHandle>,
     pub(super) target: Option<String>,
+    pub(super) service_configs: Option<ServiceConfigs>,
 }
+
+/// The service configs of a source.
+pub(super) type ServiceConfigs = Pin<Box<dyn Stream<Item = Option<ServiceConfig>> + Send>>;
 
 /// A handle of the source, which [`BalancedChannel::source_handle`](crate::BalancedChannel::source_handle) returns.
 pub(super) type SourceHandle = Box<dyn Any + Send + Sync>;
@@ -123,6 +128,7 @@ impl<S> Endpoints<S> {
             name: None,
             handle: None,
             target: None,
+            service_configs: None,
         }
     }
 
@@ -173,6 +179,21 @@ impl<S> Endpoints<S> {
     #[must_use]
     pub fn target(mut self, target: impl Into<String>) -> Self {
         self.target = Some(target.into());
+        self
+    }
+
+    /// Sets a stream of service configs. The channel applies each item to all calls that are made from then on, and keeps its connections.
+    /// With `None`, the options of the program apply again. If the stream ends, the last item stays in force.
+    ///
+    /// Until the first item, the options of the program apply. The option
+    /// [`service_config_mode`](crate::channel::ChannelBuilder::service_config_mode) of the channel sets which of the two takes precedence. A
+    /// channel with such a stream reserves one stream of each connection for a health check.
+    #[must_use]
+    pub fn service_configs(
+        mut self,
+        configs: impl Stream<Item = Option<ServiceConfig>> + Send + 'static,
+    ) -> Self {
+        self.service_configs = Some(Box::pin(configs));
         self
     }
 

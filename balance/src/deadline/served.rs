@@ -67,7 +67,7 @@ impl ServedDeadline {
 
     fn timeout_at(self, now: Instant) -> Duration {
         let left = self.at.saturating_duration_since(now);
-        left - self.max_margin.min(left / MARGIN_DIVISOR)
+        left.saturating_sub(self.max_margin.min(left / MARGIN_DIVISOR))
     }
 }
 
@@ -87,12 +87,20 @@ pub(crate) fn inherited_timeout(extensions: &Extensions) -> Option<Duration> {
 /// use tonic_balance::deadline::IgnoreServedDeadline;
 ///
 /// let mut request = tonic::Request::new("release");
-/// request.extensions_mut().insert(IgnoreServedDeadline);
+/// request.extensions_mut().insert(IgnoreServedDeadline::new());
 /// ```
 ///
 /// If the caller gives up, tonic drops the future of the handler. So a call that must complete also has to run in a task of its own.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct IgnoreServedDeadline;
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct IgnoreServedDeadline(());
+
+impl IgnoreServedDeadline {
+    /// Creates the extension.
+    #[must_use]
+    pub const fn new() -> Self {
+        Self(())
+    }
+}
 
 pin_project! {
     /// The future of [`ServedDeadline::scope`].
@@ -165,7 +173,7 @@ mod tests {
         let inside = deadline.scope(async {
             tokio::task::yield_now().await;
             let mut ignoring = Extensions::new();
-            ignoring.insert(IgnoreServedDeadline);
+            ignoring.insert(IgnoreServedDeadline::new());
             let inherited = inherited_timeout(&Extensions::new());
             (
                 ServedDeadline::current(),

@@ -38,12 +38,12 @@ impl CallRecord {
     }
 
     /// Records the end of the call. Later ends have no effect.
-    pub(crate) fn end(&mut self, code: Code) {
+    pub(crate) fn end(&mut self, code: Code, now: Instant) {
         if std::mem::replace(&mut self.has_ended, true) {
             return;
         }
         if let Some(duration) = self.method.call_duration(code) {
-            let elapsed = Instant::now().saturating_duration_since(self.started);
+            let elapsed = now.saturating_duration_since(self.started);
             duration.record(elapsed.as_secs_f64());
         }
         if let Some(sends) = &self.sends {
@@ -54,7 +54,9 @@ impl CallRecord {
 
 impl Drop for CallRecord {
     fn drop(&mut self) {
-        self.end(Code::Cancelled);
+        if !self.has_ended {
+            self.end(Code::Cancelled, Instant::now());
+        }
     }
 }
 

@@ -32,23 +32,28 @@ pub(crate) struct EjectionCounts {
     pub(crate) enforced: u64,
     /// Outliers that were not ejected, because too many endpoints were ejected already.
     pub(crate) overflow: u64,
+    /// Outliers that were not ejected, because the rule is enforced only with a probability.
+    pub(crate) by_chance: u64,
 }
 
 struct EjectionCounters {
     enforced: Option<Box<dyn Counter>>,
     overflow: Option<Box<dyn Counter>>,
+    by_chance: Option<Box<dyn Counter>>,
 }
 
 impl EjectionCounters {
     fn new(scope: &Scope, method: &'static str) -> Self {
-        let own = [
-            (DETECTION_METHOD, method),
-            (UNENFORCED_REASON, "max_ejection_overflow"),
-        ];
-        let labels = scope.labels(&own);
+        let unenforced = |reason| {
+            let own = [(DETECTION_METHOD, method), (UNENFORCED_REASON, reason)];
+            let labels = scope.labels(&own);
+            scope.metrics.counter(&EJECTIONS_UNENFORCED, &labels)
+        };
+        let labels = scope.labels(&[(DETECTION_METHOD, method)]);
         Self {
             enforced: scope.metrics.counter(&EJECTIONS_ENFORCED, &labels),
-            overflow: scope.metrics.counter(&EJECTIONS_UNENFORCED, &labels),
+            overflow: unenforced("max_ejection_overflow"),
+            by_chance: unenforced("enforcement_percentage"),
         }
     }
 
@@ -56,6 +61,7 @@ impl EjectionCounters {
         for (counter, count) in [
             (&self.enforced, counts.enforced),
             (&self.overflow, counts.overflow),
+            (&self.by_chance, counts.by_chance),
         ] {
             if let Some(counter) = counter
                 && count > 0

@@ -113,7 +113,7 @@ impl std::fmt::Debug for MethodMetrics {
 }
 
 /// Returns the name of a status code as gRPC spells it.
-fn status_name(code: Code) -> &'static str {
+pub(crate) fn status_name(code: Code) -> &'static str {
     match code {
         Code::Ok => "OK",
         Code::Cancelled => "CANCELLED",

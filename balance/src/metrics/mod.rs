@@ -66,7 +66,7 @@ pub(crate) use channel::{ChannelMetrics, EjectionCounts};
 pub use instrument::{Instrument, Kind, Label, instruments};
 pub(crate) use instrument::{LB_ENDPOINTS, LB_WAITING_CALLS, STATE, TARGET};
 pub(crate) use message_size::MessageSize;
-pub(crate) use method::MethodMetrics;
+pub(crate) use method::{MethodMetrics, status_name};
 pub use observe::{GaugeSource, Observation, Observations};
 pub use recorder::{Counter, Histogram, Recorder, UpDownCounter};
 pub use selection::Metrics;

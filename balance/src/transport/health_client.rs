@@ -19,7 +19,7 @@ use super::request_body::{Outgoing, Recall};
 use super::response_body::{Broken, Incoming};
 
 /// The parameters of a health check.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub(crate) struct HealthCheck {
     /// The name of the service; empty for the whole server.
     pub(crate) service: String,

@@ -74,6 +74,12 @@ pub(crate) async fn run(
 
 async fn channel(options: &Options, arguments: &CallArguments) -> Result<BalancedChannel, Failure> {
     let registry = connection::registry(options).await?;
+    // It shares the work of the channel's own resolver, and tells why the servers are not known.
+    let mut resolver = registry.resolver(&arguments.service);
+    if let Some(format) = &options.format {
+        resolver = resolver.format(format.clone());
+    }
+    let resolver = resolver.start();
     let mut builder = registry
         .channel(&arguments.service)
         .timeout(options.timeout)
@@ -95,7 +101,13 @@ async fn channel(options: &Options, arguments: &CallArguments) -> Result<Balance
         });
     }
     let connected = builder.connect().await;
-    connected.map_err(|error: ChannelError| Failure::timed_out(error.to_string()))
+    connected.map_err(|error: ChannelError| match resolver.status().last_error {
+        Some(cause) => {
+            let keys = options.service_prefix(&arguments.service);
+            Failure::of_resolver(&keys, &cause)
+        }
+        None => Failure::timed_out(error.to_string()),
+    })
 }
 
 /// A unary call that can be sent repeatedly.

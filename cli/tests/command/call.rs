@@ -4,16 +4,21 @@ use std::net::SocketAddr;
 
 use tokio::net::TcpListener;
 use tokio_stream::wrappers::TcpListenerStream;
-use tonic::transport::Server;
+use tonic::transport::{Identity, Server, ServerTlsConfig};
 use tonic_etcd::{Registration, Registry};
 
+use super::authority::Authority;
 use super::support::{etcd, grpc_server, run};
 use tonic_etcd::testing::Etcd;
 
 const HEALTH: &str = "grpc.health.v1.Health";
 
-/// Starts a server with the health service and the reflection service.
 async fn reflecting_server() -> SocketAddr {
+    serve_reflection(Server::builder()).await
+}
+
+/// Starts a server with the health service and the reflection service.
+async fn serve_reflection(mut server: Server) -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let (_, health) = tonic_health::server::health_reporter();
@@ -21,9 +26,7 @@ async fn reflecting_server() -> SocketAddr {
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
         .build_v1()
         .unwrap();
-    let router = Server::builder()
-        .add_service(health)
-        .add_service(reflection);
+    let router = server.add_service(health).add_service(reflection);
     tokio::spawn(router.serve_with_incoming(TcpListenerStream::new(listener)));
     address
 }
@@ -92,4 +95,45 @@ async fn a_call_with_tls_needs_the_name_of_the_servers() {
     let missing = run(&etcd, &["call", HEALTH, "Check", "--server-tls"]).await;
     assert_eq!(missing.code, Some(2), "{missing:?}");
     assert!(missing.stderr.contains("--server-name"), "{missing:?}");
+}
+
+#[tokio::test]
+async fn a_call_over_tls_verifies_the_server_by_its_name() {
+    let authority = Authority::new();
+    authority.sign("server", "greeter.internal");
+    let identity = Identity::from_pem(authority.read("server.pem"), authority.read("server.key"));
+    let tls = ServerTlsConfig::new().identity(identity);
+    let address = serve_reflection(Server::builder().tls_config(tls).unwrap()).await;
+    let etcd = etcd().await;
+    let _registration = register(&etcd, address).await;
+    let ca = authority.path("ca.pem");
+    let call = |name| {
+        let tls = [
+            "--server-cacert",
+            ca.to_str().unwrap(),
+            "--server-name",
+            name,
+        ];
+        [&["--timeout", "3s", "call", HEALTH, "Check"][..], &tls].concat()
+    };
+    let called = run(&etcd, &call("greeter.internal")).await;
+    assert_eq!(called.code, Some(0), "{called:?}");
+    assert!(
+        called.stdout.starts_with(&address.to_string()),
+        "{called:?}"
+    );
+    assert!(called.stdout.contains("SERVING"), "{called:?}");
+
+    // The certificate is not for this name.
+    let refused = run(&etcd, &call("other.internal")).await;
+    assert_eq!(refused.code, Some(4), "{refused:?}");
+    assert!(refused.stderr.contains("certificate"), "{refused:?}");
+    // Without the authority, the certificate is unknown.
+    let arguments = ["call", HEALTH, "Check", "--server-tls", "--server-name"];
+    let arguments = [&["--timeout", "3s"][..], &arguments, &["greeter.internal"]].concat();
+    let refused = run(&etcd, &arguments).await;
+    assert_eq!(refused.code, Some(4), "{refused:?}");
+    // A client without TLS does not reach the server.
+    let refused = run(&etcd, &["--timeout", "3s", "call", HEALTH, "Check"]).await;
+    assert_eq!(refused.code, Some(4), "{refused:?}");
 }

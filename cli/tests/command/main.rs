@@ -13,12 +13,20 @@
 )]
 mod authority;
 mod call;
+mod config;
 mod control;
 mod doctor;
 mod generate;
 mod list;
 mod operate;
+#[path = "../../../tests/support/pty.rs"]
+#[allow(
+    unreachable_pub,
+    reason = "the file is shared with the tests of the library"
+)]
+mod pty;
 mod register;
+mod roles;
 mod support;
 mod usage;
 mod watch;

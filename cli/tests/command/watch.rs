@@ -3,8 +3,10 @@
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
+use super::pty::Terminal;
 use super::support::{
-    SERVICE, code, command, dead_address, etcd, line_with, lines, register, signal,
+    SERVICE, SOON, code, command, dead_address, etcd, grpc_server, line_with, lines, register,
+    signal,
 };
 
 #[tokio::test]
@@ -22,8 +24,12 @@ async fn watch_prints_joins_changes_and_leaves() {
     registration.set_weight(7).await.unwrap();
     let changed = line_with(&mut output, &format!(" ~ {second} ")).await;
     assert!(changed.contains("weight=7"), "{changed}");
+    // The time since the join.
+    assert!(changed.contains(" after="), "{changed}");
     registration.deregister().await.unwrap();
-    line_with(&mut output, &format!(" - {second} ")).await;
+    let left = line_with(&mut output, &format!(" - {second} ")).await;
+    assert!(left.contains(" after="), "{left}");
+    assert!(!left.contains('\u{1b}'), "{left}");
     // A removal of the last instance is a change as well, although a channel would keep it for a while.
     first_registration.deregister().await.unwrap();
     line_with(&mut output, &format!(" - {first} ")).await;
@@ -45,6 +51,80 @@ async fn watch_prints_json_lines() {
     let join: Value = serde_json::from_str(&join).unwrap();
     assert_eq!(join["address"], address.to_string());
     assert!(join["lease"].is_string(), "{join}");
+    assert!(join["after_ms"].is_null(), "{join}");
     registration.deregister().await.unwrap();
-    line_with(&mut output, "leave").await;
+    let leave = line_with(&mut output, "leave").await;
+    let leave: Value = serde_json::from_str(&leave).unwrap();
+    assert!(leave["after_ms"].is_f64(), "{leave}");
+}
+
+#[tokio::test]
+async fn watch_shows_a_live_view_on_a_terminal() {
+    let etcd = etcd().await;
+    let alive = grpc_server().await;
+    let _alive = register(&etcd, alive).await;
+    let mut command = command(&etcd, &["watch", "--check", SERVICE]);
+    command.env("NO_COLOR", "1");
+    let (mut watch, terminal) = Terminal::spawn(command, 70, 20);
+    let alive_row = format!("\n{alive}  1 ");
+    let screen = terminal
+        .until("the instance and the result of its check", SOON, |screen| {
+            let text = screen.text();
+            text.contains(&alive_row) && text.contains("  serving (")
+        })
+        .await;
+    assert!(screen.is_alternate() && !screen.cursor_is_visible);
+    let text = screen.text();
+    let heading = text.lines().next().unwrap();
+    assert!(heading.starts_with(SERVICE), "{text}");
+    assert!(heading.contains("  1 instance  "), "{text}");
+    assert!(heading.ends_with("  in sync"), "{text}");
+
+    // A server that joins, cannot be reached and leaves.
+    let dead = dead_address().await;
+    let registration = register(&etcd, dead).await;
+    terminal
+        .until("the new instance", SOON, |screen| {
+            let text = screen.text();
+            text.contains("  2 instances  ") && text.contains(&format!(" + {dead} "))
+        })
+        .await;
+    registration.deregister().await.unwrap();
+    let left = format!(" - {dead} ");
+    let screen = terminal
+        .until("the instance has left", SOON, |screen| {
+            let text = screen.text();
+            text.contains("  1 instance  ") && text.contains(&left)
+        })
+        .await;
+    assert!(!screen.text().contains(&format!("\n{dead}  ")));
+    assert!(!screen.has_wrapped && !screen.was_coloured);
+
+    // The events remain visible after the end.
+    signal(&watch, Signal::SIGINT);
+    assert_eq!(code(&mut watch).await, Some(0));
+    let screen = terminal
+        .until("the terminal is restored", SOON, |screen| {
+            !screen.is_alternate() && screen.text().contains(&left)
+        })
+        .await;
+    assert!(screen.cursor_is_visible);
+    assert!(!screen.text().contains("ADDRESS"), "{}", screen.text());
+}
+
+#[tokio::test]
+async fn sigterm_restores_the_terminal_of_watch() {
+    let etcd = etcd().await;
+    let (mut watch, terminal) = Terminal::spawn(command(&etcd, &["watch", SERVICE]), 80, 24);
+    terminal
+        .until("the view", SOON, |screen| {
+            screen.text().contains("0 instances")
+        })
+        .await;
+    signal(&watch, Signal::SIGTERM);
+    assert_eq!(code(&mut watch).await, Some(143));
+    let restored = |screen: &super::pty::Screen| !screen.is_alternate() && screen.cursor_is_visible;
+    terminal
+        .until("the terminal is restored", SOON, restored)
+        .await;
 }

@@ -347,7 +347,7 @@ impl RegistrationBuilder {
             if control.starts_paused() {
                 registration.start_paused();
             }
-            let handle = RegistrationHandle::new(handles.subscribe());
+            let handle = RegistrationHandle::new(handles.subscribe(), self.serve.stop);
             control.spawn(&entry, handle, states, self.serve.connections);
         }
         Ok(registration)

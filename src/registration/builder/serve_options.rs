@@ -28,7 +28,7 @@ impl RegistrationBuilder {
     }
 
     /// Returns a handle of a registration that [`ServeRegistered`](crate::ServeRegistered) starts. The handle returns the address and the
-    /// keys of the server. It can also pause and resume the registration and change its weight while the server serves.
+    /// keys of the server. It can also pause and resume the registration, change its weight, and stop the server while it serves.
     ///
     /// ```no_run
     /// # async fn run(router: tonic::transport::server::Router, registry: tonic_etcd::Registry) -> Result<(), Box<dyn std::error::Error>> {
@@ -47,7 +47,7 @@ impl RegistrationBuilder {
     /// ```
     #[must_use]
     pub fn handle(&self) -> RegistrationHandle {
-        RegistrationHandle::new(self.serve.started.subscribe())
+        RegistrationHandle::new(self.serve.started.subscribe(), self.serve.stop.clone())
     }
 
     /// Returns a receiver for the state of a server that registers itself ([`ServeRegistered`](crate::ServeRegistered)). A handler of an
@@ -78,8 +78,12 @@ impl RegistrationBuilder {
     ///
     /// The server as a whole (the name `""`) and each registered service are `SERVING` until the shutdown begins. All names then become
     /// `NOT_SERVING` before any other step of the shutdown, and each `Watch` call ends when the listener closes. For further names, or to
-    /// set a status yourself, see [`health_reporter`](Self::health_reporter). The status does not depend on etcd: a server that has lost
+    /// set a status yourself, see [`health_reporter`](Self::health_reporter). These statuses do not depend on etcd: a server that has lost
     /// its entry still serves.
+    ///
+    /// The name `readiness` is `SERVING` while the server is in service: from its first registration until the shutdown, except while it is
+    /// paused or drained by an operator, and while another server has its entry. An outage of etcd does not change this status. It is meant
+    /// for readiness probes, so that a rolling update waits for the registration. A liveness probe must not use it.
     ///
     /// ```no_run
     /// # use tonic::transport::server::Router;
@@ -104,7 +108,9 @@ impl RegistrationBuilder {
     }
 
     /// Adds the health service like [`health`](Self::health), but with the statuses of `reporter`. The reporter can set any name at any
-    /// time. Once the shutdown begins, all names are `NOT_SERVING`, whatever statuses the reporter has.
+    /// time. Once the shutdown begins, all names are `NOT_SERVING`, whatever statuses the reporter has. The name `readiness` is `SERVING`
+    /// only if the server is in service and the reporter's own status of this name is `SERVING`. If the reporter has no such status at the
+    /// start, the server sets it to `SERVING`.
     ///
     /// ```no_run
     /// # async fn run(registry: tonic_etcd::Registry) {

@@ -4,7 +4,10 @@
 //! - to dial *resting* connections, which were closed while no call needed them;
 //! - to check *silent* connections, on which nothing was read for a while;
 //! - to quarantine an endpoint whose responses are not gRPC;
+//! - to add a ready set for a selection, or to change the traffic split;
 //! - to add a connection to an endpoint whose streams are all in use.
+//!
+//! New settings of a running channel are requested in the same way.
 
 use tokio::time::Instant;
 
@@ -20,6 +23,8 @@ impl Driver {
         self.wake_resting();
         self.check_silent();
         self.quarantine_reported();
+        self.reconfigure();
+        self.update_selections();
         self.scaling.request(Instant::now());
     }
 
@@ -72,9 +77,8 @@ impl Driver {
         // connection is not stalled, so from now on the endpoint counts as ejected only for an ejection by the outlier detection or a
         // quarantine.
         let entry = self.endpoints.get(address);
-        let ejected = entry.is_some_and(|entry| entry.ejection.is_ejected())
-            || self.quarantines.is_quarantined(address);
-        subchannel.connection().endpoint().set_ejected(ejected);
+        let ejection = entry.and_then(|entry| self.ejection_reason(entry));
+        subchannel.connection().endpoint().set_ejection(ejection);
         self.close(id, subchannel);
         // The new connection takes over the subchannel's id, so later events of the old connection must not be applied to the new one.
         self.subchannels.forget_connection(id);

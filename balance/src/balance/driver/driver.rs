@@ -18,6 +18,7 @@ use super::quarantine::Quarantines;
 use super::ready_set_pair::ReadySets;
 use super::resting::Resting;
 use super::scaling::Scaling;
+use super::selections::Selections;
 use super::slow_start::SlowStart;
 use super::subchannel_table::Subchannels;
 use super::timers::Timers;
@@ -27,7 +28,7 @@ use crate::attributes::Attributes;
 use crate::balance::estimate::Ticks;
 use crate::balance::latencies::Latencies;
 use crate::balance::options::Options;
-use crate::balance::picker::LbPolicy;
+use crate::balance::picker::{LbPolicy, Picker};
 use crate::balance::ready_connection::ReadyEntry;
 use crate::balance::shared::Shared;
 use crate::balance::updates::Updates;
@@ -53,7 +54,9 @@ pub(in crate::balance) struct Driver {
     pub(super) scaling: Scaling,
     pub(super) draining: DrainingConnections,
 
+    pub(super) picker: Arc<Picker>,
     pub(super) ready_sets: ReadySets<ReadyEntry>,
+    pub(super) selections: Selections,
     pub(super) publication: PendingPublication,
     pub(super) latencies: Latencies,
     pub(super) slow_start: SlowStart,
@@ -72,8 +75,10 @@ impl Driver {
         options: Options,
     ) -> Self {
         let now = Instant::now();
-        let takes_turns = options.policy == LbPolicy::WeightedRoundRobin;
+        let takes_turns = options.policy.takes_turns();
+        let is_hashed = options.policy == LbPolicy::RingHash;
         Self {
+            picker: Arc::clone(&shared.published.load().picker),
             shared,
             connector,
             rng: options
@@ -88,7 +93,8 @@ impl Driver {
             silent: HashSet::new(),
             scaling: Scaling::new(now),
             draining: DrainingConnections::default(),
-            ready_sets: ReadySets::new(takes_turns),
+            ready_sets: ReadySets::new(takes_turns, is_hashed),
+            selections: Selections::new(&options.split, takes_turns, is_hashed, now),
             publication: PendingPublication::default(),
             latencies: Latencies::new(),
             slow_start: SlowStart::new(options.slow_start),
@@ -174,6 +180,7 @@ impl Driver {
         self.end_quarantines(now);
         self.dial_second_connections(now);
         self.remove_connections(now);
+        self.sweep_selections(now);
         let ticks = Ticks::at(now, self.shared.started);
         let primary = self.ready_sets.primary().map(ReadyEntry::load);
         let all = self.ready_sets.all().map(ReadyEntry::load);

@@ -61,6 +61,10 @@ impl Driver {
         let subchannels = entry.subchannels.clone();
         // A new generation is another server, or the same server after a restart.
         let is_new_generation = before.generation() != entry.attributes.generation();
+        if before != entry.attributes {
+            // The counts of the selections and the ring may change, even if no ready connection changes its set.
+            self.publication.soon();
+        }
         if before.is_last_resort() != last_resort {
             tracing::info!(%address, last_resort, "the last-resort flag of the endpoint has changed");
         }
@@ -189,6 +193,7 @@ impl Driver {
     /// until the next publication, which is due at once.
     pub(super) fn evict(&mut self, id: SubchannelId, connection: &Arc<ReadyConnection>) {
         connection.set_takes_calls(false);
+        self.selections.remove(id);
         if self.ready_sets.remove(id) {
             self.publication.now();
         }

@@ -53,7 +53,8 @@ impl Driver {
             return;
         };
         let address = address.clone();
-        if *subchannel.health() == health {
+        // A report can still be queued when its watch ends.
+        if *subchannel.health() == health || !subchannel.has_health_watch() {
             return;
         }
         subchannel.set_health(health.clone());

@@ -12,6 +12,7 @@ mod endpoint_changes;
 mod health_watch;
 mod outliers_and_quarantine;
 mod publish;
+mod reconfigure;
 mod silence;
 mod too_many_pings;
 
@@ -28,6 +29,8 @@ mod ready_set_pair;
 mod resting;
 mod scaling;
 mod second_connection;
+mod selection_changes;
+mod selections;
 mod slow_start;
 mod subchannel_table;
 mod timers;

@@ -9,10 +9,10 @@ use super::endpoint_entry::EndpointEntry;
 use super::ready_set_pair::Placed;
 use super::subchannel_table::{Class, SubchannelId};
 use crate::address::Address;
-use crate::balance::endpoint::EndpointState;
+use crate::balance::endpoint_status::{EjectionReason, EndpointState};
 use crate::balance::health_status::Health;
 use crate::balance::ready_connection::ReadyEntry;
-use crate::balance::shared::Published;
+use crate::balance::snapshot::Published;
 
 impl Driver {
     /// Puts a connection into the right ready set. If the peer does not answer or has not reported that it is healthy, the connection is in
@@ -25,23 +25,25 @@ impl Driver {
         let Some(entry) = self.endpoints.get(address) else {
             return;
         };
-        let is_quarantined = self.quarantines.is_quarantined(address);
-        let ejected = entry.ejection.is_ejected() || is_quarantined;
+        let ejection = self.ejection_reason(entry);
         let mut connections = entry.subchannels.iter();
         let all_stalled = connections.all(|id| {
             let ready = self.subchannels.ready(*id);
             ready.is_none_or(|(_, subchannel)| subchannel.is_stalled())
         });
-        entry.endpoint.set_ejected(ejected || all_stalled);
+        let stalled = all_stalled.then_some(EjectionReason::NoAnswer);
+        entry.endpoint.set_ejection(ejection.or(stalled));
         let connection = subchannel.connection();
         if *subchannel.health() != Health::Serving || subchannel.is_stalled() {
             let connection = Arc::clone(connection);
             return self.evict(id, &connection);
         }
         let weight = self.current_weight(entry, Instant::now());
-        let is_last_resort = ejected || entry.attributes.is_last_resort();
+        let is_last_resort = ejection.is_some() || entry.attributes.is_last_resort();
         let ready = ReadyEntry::new(connection);
-        match self.ready_sets.place(id, ready, weight, is_last_resort) {
+        let selected = self.selections.place(id, &ready, weight, is_last_resort);
+        let placed = self.ready_sets.place(id, ready, weight, is_last_resort);
+        match placed.max(selected) {
             Placed::Unchanged => {}
             // A new connection or a new weight can be batched with later changes. A move between the sets is published at once.
             Placed::Changed => self.publication.soon(),
@@ -57,13 +59,20 @@ impl Driver {
         };
         let ids = entry.subchannels.clone();
         if ids.iter().all(|id| self.subchannels.ready(*id).is_none()) {
-            let is_quarantined = self.quarantines.is_quarantined(address);
-            let ejected = entry.ejection.is_ejected() || is_quarantined;
-            entry.endpoint.set_ejected(ejected);
+            entry.endpoint.set_ejection(self.ejection_reason(entry));
         }
         for id in ids {
             self.update_ready_set(id);
         }
+    }
+
+    /// Returns why an endpoint gets calls only as a last resort, apart from its attributes.
+    pub(super) fn ejection_reason(&self, entry: &EndpointEntry) -> Option<EjectionReason> {
+        if entry.ejection.is_ejected() {
+            return Some(EjectionReason::Outlier);
+        }
+        let is_quarantined = self.quarantines.is_quarantined(entry.endpoint.address());
+        is_quarantined.then_some(EjectionReason::NotGrpc)
     }
 
     /// Returns the current weight of an endpoint's connections.
@@ -124,6 +133,8 @@ impl Driver {
         let (class, state) = self
             .subchannels
             .classify(&entry.subchannels, is_last_resort);
+        let (next, failed) = self.subchannels.attempts(&entry.subchannels);
+        entry.endpoint.set_attempts(next, failed);
         let before = std::mem::replace(&mut entry.class, class);
         // The state `Ready` means that calls can pick the endpoint, so this state is set only after the new set is published.
         if class != Class::Ready {
@@ -142,11 +153,16 @@ impl Driver {
         self.update_zone_factors();
         self.publication.clear();
         let ready = self.ready_sets.freeze();
+        let subsets = self.freeze_selections();
         let is_last_resort = self.ready_sets.is_last_resort();
         let summary = self.publication.summarize(ready.len(), is_last_resort);
-        self.shared
-            .published
-            .store(Arc::new(Published { ready, summary }));
+        let picker = Arc::clone(&self.picker);
+        self.shared.published.store(Arc::new(Published {
+            ready,
+            subsets,
+            summary,
+            picker,
+        }));
         for address in self.publication.take_became_ready() {
             let entry = self.endpoints.get(&address);
             if let Some(entry) = entry.filter(|entry| entry.class == Class::Ready) {

@@ -1,16 +1,24 @@
 //! The two sets of ready connections. Calls pick from the primary set, or from the last-resort set if the primary set is empty.
 
 use super::subchannel_table::SubchannelId;
+use crate::balance::hash_ring::Name;
 use crate::balance::ready_connection::ReadyEntry;
 use crate::balance::ready_set::{ReadySet, ReadySetBuilder};
 
 /// An entry of a ready set.
 pub(super) trait Entry: Clone {
+    /// Returns the hash of the name of the endpoint, and its weight.
+    fn name(&self) -> Name;
+
     /// Sets whether the entry is in the set that calls pick from.
     fn set_takes_calls(&self, takes_calls: bool);
 }
 
 impl Entry for ReadyEntry {
+    fn name(&self) -> Name {
+        self.connection().endpoint().name()
+    }
+
     fn set_takes_calls(&self, takes_calls: bool) {
         self.connection().set_takes_calls(takes_calls);
     }
@@ -23,10 +31,12 @@ pub(super) struct ReadySets<E> {
     last_resort: ReadySetBuilder<SubchannelId, E>,
     /// Whether calls pick from the last-resort set.
     is_last_resort: bool,
+    /// Whether the sets are those of a selection. If so, they do not decide whether waiting calls get the streams of an entry.
+    is_selection: bool,
 }
 
 /// The effect of [`ReadySets::place`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Placed {
     /// The entry was already in the right set, with this weight.
     Unchanged,
@@ -37,12 +47,36 @@ pub(super) enum Placed {
 }
 
 impl<E: Entry> ReadySets<E> {
-    pub(super) fn new(takes_turns: bool) -> Self {
+    /// Creates empty sets. They have a rotation if `takes_turns`, and a ring if `is_hashed`.
+    pub(super) fn new(takes_turns: bool, is_hashed: bool) -> Self {
+        let builder = || {
+            let builder = ReadySetBuilder::new(takes_turns);
+            if is_hashed {
+                builder.with_ring(E::name)
+            } else {
+                builder
+            }
+        };
         Self {
-            primary: ReadySetBuilder::new(takes_turns),
-            last_resort: ReadySetBuilder::new(takes_turns),
+            primary: builder(),
+            last_resort: builder(),
             is_last_resort: false,
+            is_selection: false,
         }
+    }
+
+    /// Creates empty sets for the endpoints that calls select.
+    pub(super) fn of_selection(takes_turns: bool, is_hashed: bool) -> Self {
+        Self {
+            is_selection: true,
+            ..Self::new(takes_turns, is_hashed)
+        }
+    }
+
+    /// Sets whether the sets have an order of turns, from the next [`freeze`](Self::freeze) on.
+    pub(super) fn set_takes_turns(&mut self, takes_turns: bool) {
+        self.primary.set_takes_turns(takes_turns);
+        self.last_resort.set_takes_turns(takes_turns);
     }
 
     /// Puts an entry into the last-resort set if `is_last_resort`, else into the primary set, and removes it from the other set. If the
@@ -59,7 +93,9 @@ impl<E: Entry> ReadySets<E> {
         } else {
             (&mut self.primary, &mut self.last_resort)
         };
-        entry.set_takes_calls(!is_last_resort || self.is_last_resort);
+        if !self.is_selection {
+            entry.set_takes_calls(!is_last_resort || self.is_last_resort);
+        }
         let moved = other.remove(&id);
         if !set.contains(&id) {
             set.insert(id, entry, weight);
@@ -88,6 +124,14 @@ impl<E: Entry> ReadySets<E> {
         self.primary.entries()
     }
 
+    /// Returns all entries as [`place`](Self::place) has received them.
+    pub(super) fn placed(&self) -> impl Iterator<Item = (SubchannelId, &E, u32, bool)> {
+        let primary = self.primary.keyed().zip(std::iter::repeat(false));
+        let last_resort = self.last_resort.keyed().zip(std::iter::repeat(true));
+        let all = primary.chain(last_resort);
+        all.map(|((id, entry, weight), is_last_resort)| (*id, entry, weight, is_last_resort))
+    }
+
     /// Returns the entries of both sets.
     pub(super) fn all(&self) -> impl Iterator<Item = &E> {
         self.primary.entries().chain(self.last_resort.entries())
@@ -104,7 +148,8 @@ impl<E: Entry> ReadySets<E> {
         // frozen again.
         let (primary, last_resort) = (self.primary.freeze(), self.last_resort.freeze());
         let is_last_resort = primary.len() == 0;
-        if std::mem::replace(&mut self.is_last_resort, is_last_resort) != is_last_resort {
+        let was_last_resort = std::mem::replace(&mut self.is_last_resort, is_last_resort);
+        if was_last_resort != is_last_resort && !self.is_selection {
             for entry in self.last_resort.entries() {
                 entry.set_takes_calls(is_last_resort);
             }
@@ -124,6 +169,10 @@ mod tests {
     struct Fake(Rc<Cell<bool>>);
 
     impl Entry for Fake {
+        fn name(&self) -> Name {
+            (0, 1)
+        }
+
         fn set_takes_calls(&self, takes_calls: bool) {
             self.0.set(takes_calls);
         }
@@ -131,7 +180,7 @@ mod tests {
 
     #[test]
     fn last_resorts_take_calls_only_while_the_primary_set_is_empty() {
-        let mut sets = ReadySets::new(false);
+        let mut sets = ReadySets::new(false, false);
         let (ordinary, last_resort) = (Fake::default(), Fake::default());
         sets.place(1, ordinary.clone(), 1, false);
         sets.place(2, last_resort.clone(), 1, true);
@@ -148,7 +197,7 @@ mod tests {
 
     #[test]
     fn an_entry_is_in_at_most_one_of_the_sets() {
-        let mut sets = ReadySets::new(false);
+        let mut sets = ReadySets::new(false, false);
         let entry = Fake::default();
         assert_eq!(sets.place(1, entry.clone(), 1, false), Placed::Changed);
         assert_eq!(sets.place(1, entry.clone(), 1, false), Placed::Unchanged);

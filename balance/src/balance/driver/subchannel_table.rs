@@ -3,8 +3,10 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use tokio::time::Instant;
+
 use crate::address::Address;
-use crate::balance::endpoint::EndpointState;
+use crate::balance::endpoint_status::EndpointState;
 use crate::balance::health_status::Health;
 use crate::balance::ready_connection::ReadyConnection;
 use crate::balance::subchannel::{Connecting, Idle, Ready, Resting, Subchannel, TransientFailure};
@@ -77,6 +79,12 @@ impl Subchannels {
             (address, State::Ready(subchannel)) => Some((address, subchannel)),
             _ => None,
         }
+    }
+
+    /// Returns the connections of all subchannels, each with its subchannel.
+    pub(super) fn connected(&self) -> Vec<(DialId, SubchannelId)> {
+        let connections = self.connections.iter();
+        connections.map(|(dial_id, id)| (*dial_id, *id)).collect()
     }
 
     /// Records that a dial has made the connection of a subchannel.
@@ -159,6 +167,29 @@ impl Subchannels {
         in_flight.saturating_mul(2) <= room
     }
 
+    /// Returns the time of the next dial of an endpoint with these subchannels, and the number of consecutive dials that have failed. There
+    /// is no such time while a subchannel is connected or is being dialled, and if none is waiting.
+    pub(super) fn attempts(&self, ids: &[SubchannelId]) -> (Option<Instant>, usize) {
+        let (mut next, mut failed, mut is_open) = (None::<Instant>, 0, false);
+        for (_, state) in ids.iter().filter_map(|id| self.states.get(id)) {
+            let until = match state {
+                State::Resting(resting) => Some(resting.until()),
+                State::TransientFailure(failure) => Some(failure.until()),
+                State::Connecting(_) | State::Ready(_) => {
+                    is_open = true;
+                    None
+                }
+                State::Idle(_) => None,
+            };
+            next = match (next, until) {
+                (Some(next), Some(until)) => Some(next.min(until)),
+                (next, until) => next.or(until),
+            };
+            failed = failed.max(state.failed_attempts());
+        }
+        (next.filter(|_| !is_open), failed)
+    }
+
     /// Returns the class and the state of an endpoint with these subchannels. If a subchannel is of the class `Ready`, it determines both.
     /// Otherwise the first subchannel that is not of the class `Failing` determines them. If all are failing, the last one does.
     pub(super) fn classify(
@@ -178,6 +209,16 @@ impl Subchannels {
 }
 
 impl State {
+    fn failed_attempts(&self) -> usize {
+        match self {
+            Self::Idle(subchannel) => subchannel.failed_attempts(),
+            Self::Connecting(subchannel) => subchannel.failed_attempts(),
+            Self::Ready(subchannel) => subchannel.failed_attempts(),
+            Self::Resting(subchannel) => subchannel.failed_attempts(),
+            Self::TransientFailure(subchannel) => subchannel.failed_attempts(),
+        }
+    }
+
     fn classify(&self, is_last_resort: bool) -> (Class, EndpointState) {
         match self {
             Self::Ready(ready) if ready.is_stalled() => {
@@ -286,6 +327,26 @@ mod tests {
             Class::Failing,
             "an endpoint without subchannels must be failing"
         );
+    }
+
+    #[tokio::test]
+    async fn the_next_attempt_is_the_earliest_unless_a_dial_is_under_way() {
+        let now = Instant::now();
+        let (first, second) = (failed(idle()), failed(failed(idle()).retry()));
+        let earliest = first.until().min(second.until());
+        assert!(earliest > now, "the backoff must have begun");
+        let states = [first, second].map(State::TransientFailure);
+        let (table, ids) = table(states.into_iter().chain([State::Idle(idle())]));
+        assert_eq!(table.attempts(&ids), (Some(earliest), 2));
+        assert_eq!(table.attempts(&ids[2..]), (None, 0));
+
+        let again = connecting(failed(idle()).retry());
+        let states = [
+            State::TransientFailure(failed(idle())),
+            State::Connecting(again),
+        ];
+        let (table, ids) = self::table(states);
+        assert_eq!(table.attempts(&ids), (None, 1));
     }
 
     #[tokio::test]

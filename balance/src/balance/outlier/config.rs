@@ -127,6 +127,7 @@ pub struct SuccessRateEjection {
     pub(super) stdev_factor: u32,
     pub(super) minimum_hosts: usize,
     pub(super) request_volume: u64,
+    pub(super) enforcement_percentage: u32,
 }
 
 impl Default for SuccessRateEjection {
@@ -135,6 +136,7 @@ impl Default for SuccessRateEjection {
             stdev_factor: 1_900,
             minimum_hosts: 5,
             request_volume: 100,
+            enforcement_percentage: 100,
         }
     }
 }
@@ -162,6 +164,12 @@ impl SuccessRateEjection {
         self.request_volume = calls;
         self
     }
+
+    /// Sets the probability in percent with which an outlier is ejected. 0 disables the rule. Default 100. Values above 100 count as 100.
+    pub fn enforcement_percentage(mut self, percent: u32) -> Self {
+        self.enforcement_percentage = percent.min(100);
+        self
+    }
 }
 
 /// The limit on the percentage of failures: ejects an endpoint that fails too large a part of its calls, whatever the rates of the other
@@ -179,6 +187,7 @@ pub struct FailurePercentageEjection {
     pub(super) threshold: u32,
     pub(super) minimum_hosts: usize,
     pub(super) request_volume: u64,
+    pub(super) enforcement_percentage: u32,
 }
 
 impl Default for FailurePercentageEjection {
@@ -187,12 +196,13 @@ impl Default for FailurePercentageEjection {
             threshold: 85,
             minimum_hosts: 5,
             request_volume: 50,
+            enforcement_percentage: 100,
         }
     }
 }
 
 impl FailurePercentageEjection {
-    /// Creates the rule with the defaults of gRFC A50.
+    /// Creates the rule with the defaults of gRFC A50, except for [`enforcement_percentage`](Self::enforcement_percentage).
     pub fn new() -> Self {
         Self::default()
     }
@@ -212,6 +222,13 @@ impl FailurePercentageEjection {
     /// Sets how many calls an endpoint must have had within an interval to be ejected. Default 50.
     pub fn request_volume(mut self, calls: u64) -> Self {
         self.request_volume = calls;
+        self
+    }
+
+    /// Sets the probability in percent with which an endpoint above the threshold is ejected. 0 disables the rule. Default 100, unlike in
+    /// gRFC A50, where the rule is disabled by default. Values above 100 count as 100.
+    pub fn enforcement_percentage(mut self, percent: u32) -> Self {
+        self.enforcement_percentage = percent.min(100);
         self
     }
 }

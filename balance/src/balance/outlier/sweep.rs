@@ -97,7 +97,7 @@ fn eject_by_success_rate(
     let mean = rates.iter().sum::<f64>() / rates.len() as f64;
     let variance = rates.iter().map(|rate| (rate - mean).powi(2)).sum::<f64>() / rates.len() as f64;
     let threshold = mean - variance.sqrt() * (f64::from(rule.stdev_factor) / 1_000.0);
-    eject_where(config, hosts, now, |counts| {
+    eject_where(config, rule.enforcement_percentage, hosts, now, |counts| {
         rate(counts).is_some_and(|rate| rate < threshold)
     })
 }
@@ -115,14 +115,15 @@ fn eject_by_failure_percentage(
     if with_volume.count() < rule.minimum_hosts {
         return EjectionCounts::default();
     }
-    eject_where(config, hosts, now, |counts| {
+    eject_where(config, rule.enforcement_percentage, hosts, now, |counts| {
         has_volume(counts) && counts.failures * 100 > u64::from(rule.threshold) * total(counts)
     })
 }
 
-/// Ejects the outliers, as long as enough endpoints remain.
+/// Ejects the outliers with the probability `enforcement`, in percent, as long as enough endpoints remain.
 fn eject_where(
     config: &OutlierDetection,
+    enforcement: u32,
     hosts: &mut [(Counts, Ejection)],
     now: Instant,
     is_outlier: impl Fn(&Counts) -> bool,
@@ -138,7 +139,9 @@ fn eject_where(
         if ejection.is_ejected() || !is_outlier(counts) {
             continue;
         }
-        if within && ejected + 1 < all {
+        if enforcement < 100 && fastrand::u32(..100) >= enforcement {
+            count.by_chance += 1;
+        } else if within && ejected + 1 < all {
             ejection.eject(now);
             ejected += 1;
             count.enforced += 1;
@@ -181,6 +184,27 @@ mod tests {
         hosts.push(counts(700, 300));
         sweep(&config, &mut hosts, Instant::now());
         assert_eq!(ejected(&hosts), [9]);
+    }
+
+    #[test]
+    fn a_rule_is_enforced_with_its_probability() {
+        let enforced = |percent| {
+            let rule = SuccessRateEjection::new().enforcement_percentage(percent);
+            let config = OutlierDetection::new()
+                .without_failure_percentage()
+                .success_rate(rule);
+            let ejections = (0..300).map(|_| {
+                let mut hosts = vec![counts(1_000, 1); 9];
+                hosts.push(counts(700, 300));
+                let swept = sweep(&config, &mut hosts, Instant::now()).success_rate;
+                assert_eq!(swept.enforced + swept.by_chance, 1);
+                swept.enforced
+            });
+            ejections.sum::<u64>()
+        };
+        assert_eq!((enforced(0), enforced(100)), (0, 300));
+        // The standard deviation is below 9.
+        assert!((100..=200).contains(&enforced(50)));
     }
 
     #[test]

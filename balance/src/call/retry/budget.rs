@@ -38,6 +38,27 @@ impl RetryBudget {
     }
 }
 
+#[cfg(feature = "service-config")]
+impl RetryBudget {
+    /// Creates the budget of a service config, whose numbers are not limited to whole tokens. `tokens` is above 0 and at most 1 000, and
+    /// `ratio` is above 0.
+    pub(crate) fn of_service_config(tokens: f64, ratio: f64) -> Self {
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "the value is clamped, and the cast turns NaN into 0"
+        )]
+        let thousandths = |number: f64| {
+            let limit = f64::from(MAX_TOKENS * TOKEN);
+            (number * f64::from(TOKEN)).round().clamp(1.0, limit) as u32
+        };
+        Self {
+            size: thousandths(tokens),
+            ratio: thousandths(ratio),
+        }
+    }
+}
+
 impl Default for RetryBudget {
     fn default() -> Self {
         Self {

@@ -10,7 +10,8 @@ use tokio::time::Instant;
 use tokio_stream::StreamExt;
 use tower::discover::Change;
 
-use super::{Answer, Dns};
+use super::Dns;
+use super::lookups::Answer;
 use crate::address::AddressPolicy;
 use crate::channel::source::{EndpointSource, SourceContext};
 use crate::channel::{EndpointState, Endpoints};

@@ -25,9 +25,14 @@ use crate::{
 
 mod faults;
 mod greeter;
+mod hashing;
 mod messages;
 mod metrics;
+mod pick_policy;
 mod routes;
+mod selection;
+#[cfg(feature = "service-config")]
+mod service_config;
 mod streams;
 mod support;
 #[cfg(feature = "tls")]
@@ -480,7 +485,9 @@ async fn an_endpoint_that_is_no_longer_listed_is_not_picked() {
     let shared = channel.0.shared();
     loop {
         let listed = channel.endpoints();
-        let crate::balance::Pick::Taken(permit) = shared.pick(|_| true) else {
+        let crate::balance::Pick::Taken(permit) =
+            shared.pick(&crate::balance::PickKey::Any, |_| true)
+        else {
             unreachable!("no endpoint is left");
         };
         let picked = permit.endpoint().address();

@@ -70,6 +70,7 @@ pub(super) fn black_hole() -> (std::net::TcpListener, String) {
 
 /// A server with tonic's greeter.
 pub(super) struct Greeter {
+    name: String,
     pub(super) address: SocketAddr,
     stop: CancellationToken,
     served: JoinHandle<()>,
@@ -99,10 +100,15 @@ impl Greeter {
             );
         let served = tokio::spawn(async move { serving.await.expect("a server") });
         Self {
+            name: name.to_owned(),
             address,
             stop,
             served,
         }
+    }
+
+    pub(super) fn name(&self) -> &str {
+        &self.name
     }
 
     pub(super) fn address(&self) -> String {

@@ -15,8 +15,8 @@ use tokio_stream::wrappers::UnboundedReceiverStream;
 use tower::BoxError;
 use tower::discover::Change;
 
-use super::source::{EndpointSource, Endpoints, SourceContext, parse};
 use crate::address::{Address, AddressPolicy};
+use crate::channel::source::{EndpointSource, Endpoints, SourceContext, parse};
 
 /// A source of endpoints that looks up the addresses of a name in the DNS, for example those of a headless service of Kubernetes.
 ///
@@ -47,13 +47,13 @@ use crate::address::{Address, AddressPolicy};
 pub struct Dns {
     name: String,
     interval: Duration,
-    lookup: Lookup,
+    pub(super) lookup: Lookup,
 }
 
-type Answer = Pin<Box<dyn Future<Output = io::Result<Vec<SocketAddr>>> + Send>>;
+pub(super) type Answer = Pin<Box<dyn Future<Output = io::Result<Vec<SocketAddr>>> + Send>>;
 
 /// The function that looks up a host and a port.
-type Lookup = Arc<dyn Fn(String, u16) -> Answer + Send + Sync>;
+pub(super) type Lookup = Arc<dyn Fn(String, u16) -> Answer + Send + Sync>;
 
 impl Dns {
     /// Creates a source for a name in the form `host:port`, `http://host:port`, or, with TLS configured, `https://host:port`. If the name
@@ -152,16 +152,13 @@ impl Task {
                 () = self.changes.closed() => return,
             };
             let outcome = self.allowed(answer);
-            let wait = match &outcome {
-                Ok(_) => {
-                    backoff = FIRST_BACKOFF;
-                    self.interval
-                }
-                Err(_) => {
-                    let wait = backoff;
-                    backoff = (backoff * 2).min(self.interval);
-                    wait
-                }
+            let wait = if outcome.is_ok() {
+                backoff = FIRST_BACKOFF;
+                self.interval
+            } else {
+                let wait = backoff;
+                backoff = (backoff * 2).min(self.interval);
+                wait
             };
             self.apply(outcome);
             let refused = async {
@@ -237,6 +234,3 @@ const MIN_INTERVAL: Duration = Duration::from_secs(5);
 /// The end of the interval must be representable as an `Instant`.
 const MAX_INTERVAL: Duration = Duration::from_secs(24 * 3600);
 const FIRST_BACKOFF: Duration = Duration::from_secs(1);
-
-#[cfg(test)]
-mod tests;

@@ -1,5 +1,5 @@
-//! The watch on the registration's own keys. It reports the loss of a key at once. To find a loss that the watch has not delivered, the
-//! registration also reads the keys, about once a minute.
+//! A watch on a few keys, which is opened again whenever it ends. A registration watches its own keys with it, and a resolver the key of the
+//! service config. Its owner also reads the keys at intervals, to find a change that the watch has not delivered.
 
 use std::time::Duration;
 
@@ -7,13 +7,15 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until};
 use tracing::Instrument;
 
+use super::cluster::Etcd;
+use super::token_cell::Token;
+use super::watch::Watch;
 use crate::backoff::{Backoff, jittered};
 use crate::error::EtcdError;
-use crate::etcd::{Etcd, Token, Watch};
 use crate::keyspace::{Event, Key};
 
-/// The watch on the registration's own keys, over one stream.
-pub(super) struct KeyWatch {
+/// A watch on a few keys, over one stream.
+pub(crate) struct KeyWatch {
     open: Option<Watch>,
     /// The task that opens a watch. A task is needed, because the future of [`KeyWatch::next`] is dropped at each renewal of the lease. An
     /// attempt inside `next` would start again at each renewal, and with a short TTL it might never finish. During a renewal, such an
@@ -30,8 +32,8 @@ pub(super) struct KeyWatch {
     refusals: u32,
 }
 
-/// An event of the watch on the registration's own keys.
-pub(super) enum News {
+/// An event of a [`KeyWatch`].
+pub(crate) enum News {
     /// The watch is open: from now on, it reports every change of the keys.
     Opened,
     Events(Vec<Event>),
@@ -40,7 +42,7 @@ pub(super) enum News {
 }
 
 impl KeyWatch {
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self {
             open: None,
             opening: JoinSet::new(),
@@ -57,7 +59,7 @@ impl KeyWatch {
     /// # Cancel safety
     ///
     /// Dropping the future loses no event. If a watch is being opened, the next call waits for the same attempt.
-    pub(super) async fn next(&mut self, etcd: &Etcd, keys: &[Key]) -> News {
+    pub(crate) async fn next(&mut self, etcd: &Etcd, keys: &[Key]) -> News {
         let error = match &mut self.open {
             None => match self.reopen(etcd, keys).await {
                 Ok(()) => {
@@ -101,7 +103,7 @@ impl KeyWatch {
     }
 
     /// Closes the watch, because it does not deliver the events. The next call of [`next`](Self::next) opens another one.
-    pub(super) fn close(&mut self) {
+    pub(crate) fn close(&mut self) {
         self.open = None;
         self.since = None;
         let wait = self.backoff.next(&mut fastrand::Rng::new());

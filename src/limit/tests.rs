@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::{Bounds, Gradient};
+use super::gradient::{Bounds, Gradient};
 
 const BOUNDS: Bounds = Bounds { min: 1, max: 1_000 };
 

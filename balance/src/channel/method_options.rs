@@ -1,7 +1,9 @@
-//! The options of a channel that control retries and hedging.
+//! The options of a channel that can differ between methods: retries, hedging and timeouts.
+
+use std::time::Duration;
 
 use super::ChannelBuilder;
-use crate::call::retry::method_config::MethodPolicy;
+use crate::call::method_config::{MethodPolicy, MethodSettings, MethodTimeout};
 use crate::call::retry::{HedgingPolicy, RetryBudget, RetryPolicy};
 
 impl<S> ChannelBuilder<S> {
@@ -21,7 +23,7 @@ impl<S> ChannelBuilder<S> {
     ///     .retry_for("shop.Orders/Pay", RetryPolicy::new([]));
     /// ```
     pub fn retry(mut self, policy: RetryPolicy) -> Self {
-        self.config.methods.set_all(MethodPolicy::Retry(policy));
+        self.config.methods.all().policy = Some(MethodPolicy::Retry(policy));
         self
     }
 
@@ -35,7 +37,7 @@ impl<S> ChannelBuilder<S> {
     /// is disabled by default. Enable hedging only if every method of the channel can safely run more than once. The hedging policy
     /// replaces the channel's [`RetryPolicy`].
     pub fn hedge(mut self, policy: HedgingPolicy) -> Self {
-        self.config.methods.set_all(MethodPolicy::Hedge(policy));
+        self.config.methods.all().policy = Some(MethodPolicy::Hedge(policy));
         self
     }
 
@@ -55,15 +57,38 @@ impl<S> ChannelBuilder<S> {
 
     /// Sets the limit on the load that all retries and hedges together add to failing servers. The default is [`RetryBudget::default`].
     pub fn retry_budget(mut self, budget: RetryBudget) -> Self {
-        self.config.methods.set_budget(budget);
+        self.config.methods.budget = Some(budget);
         self
     }
 
-    fn set_method_policy(mut self, name: &str, policy: MethodPolicy) -> Self {
-        if !self.config.methods.set(name, policy) {
-            self.config.refuse(format!(
+    /// Sets the default timeout of calls of one service (`package.Service`) or one method (`package.Service/Method`), as
+    /// [`timeout`](Self::timeout) does for the channel. The most specific timeout applies. If the name has neither form, `connect` fails
+    /// with [`InvalidOption`](crate::error::ChannelError::InvalidOption). Default: the timeout of the channel.
+    ///
+    /// ```
+    /// use std::time::Duration;
+    /// use tonic_balance::BalancedChannel;
+    ///
+    /// let channel = BalancedChannel::builder()
+    ///     .timeout(Duration::from_secs(1))
+    ///     .timeout_for("shop.Orders/Export", Duration::from_secs(60));
+    /// ```
+    pub fn timeout_for(self, name: impl Into<String>, timeout: Duration) -> Self {
+        self.set_for_method(&name.into(), |settings| {
+            settings.timeout = Some(MethodTimeout::new(timeout));
+        })
+    }
+
+    fn set_method_policy(self, name: &str, policy: MethodPolicy) -> Self {
+        self.set_for_method(name, |settings| settings.policy = Some(policy))
+    }
+
+    fn set_for_method(mut self, name: &str, set: impl FnOnce(&mut MethodSettings)) -> Self {
+        match self.config.methods.named(name) {
+            Some(settings) => set(settings),
+            None => self.config.refuse(format!(
                 "{name:?} names no service and no method; write package.Service or package.Service/Method"
-            ));
+            )),
         }
         self
     }

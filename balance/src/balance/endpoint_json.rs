@@ -1,0 +1,75 @@
+//! The serialized form of the status of an endpoint.
+
+use std::time::Duration;
+
+use serde::{Serialize, Serializer};
+use tokio::time::Instant;
+
+use super::endpoint_status::{EjectionReason, EndpointState, EndpointStatus};
+
+/// The fields, in the order in which they are written. Times are relative, because an [`Instant`] has no meaning outside of its process.
+#[derive(Serialize)]
+struct Fields<'a> {
+    address: &'a str,
+    state: EndpointState,
+    state_seconds: f64,
+    weight: u32,
+    last_resort: bool,
+    connections: usize,
+    in_flight: usize,
+    latency_seconds: Option<f64>,
+    round_trip_seconds: Option<f64>,
+    calls: u64,
+    failures: u64,
+    ejected: bool,
+    ejection_reason: Option<EjectionReason>,
+    next_attempt_seconds: Option<f64>,
+    failed_attempts: usize,
+    last_error: Option<&'a str>,
+}
+
+/// Fields with the names of [`EndpointStatus`]. `state_seconds` is the time since [`since`](EndpointStatus::since), and
+/// `next_attempt_seconds` the time until [`next_attempt`](EndpointStatus::next_attempt), or zero if it has passed. Times are in seconds.
+impl Serialize for EndpointStatus {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let now = Instant::now();
+        let until = |next: Instant| next.saturating_duration_since(now).as_secs_f64();
+        let fields = Fields {
+            address: self.address.as_str(),
+            state: self.state,
+            state_seconds: now.saturating_duration_since(self.since).as_secs_f64(),
+            weight: self.weight,
+            last_resort: self.last_resort,
+            connections: self.connections,
+            in_flight: self.in_flight,
+            latency_seconds: self.latency.as_ref().map(Duration::as_secs_f64),
+            round_trip_seconds: self.round_trip.as_ref().map(Duration::as_secs_f64),
+            calls: self.calls,
+            failures: self.failures,
+            ejected: self.ejected,
+            ejection_reason: self.ejection_reason,
+            next_attempt_seconds: self.next_attempt.map(until),
+            failed_attempts: self.failed_attempts,
+            last_error: self.last_error.as_deref(),
+        };
+        fields.serialize(serializer)
+    }
+}
+
+/// The text of `Display`, for example `"READY"`.
+impl Serialize for EndpointState {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+/// `"outlier"`, `"not_grpc"` or `"no_answer"`.
+impl Serialize for EjectionReason {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(match self {
+            Self::Outlier => "outlier",
+            Self::NotGrpc => "not_grpc",
+            Self::NoAnswer => "no_answer",
+        })
+    }
+}

@@ -1,0 +1,136 @@
+//! Combines the options of the program with a service config, and applies the service configs of the source.
+
+use std::sync::{Arc, Weak};
+
+use arc_swap::ArcSwapOption;
+use tokio_stream::StreamExt;
+use tracing::Instrument;
+
+use super::source::ServiceConfigs;
+use crate::balance::{LbPolicy, OutlierDetection, Reconfiguration, Shared, StopOnDrop};
+use crate::call::LiveConfig;
+use crate::call::method_config::{
+    MethodConfig, MethodSettings, Precedence, ProgramMethods, ServiceMethods,
+};
+use crate::service_config::ServiceConfig;
+use crate::transport::health_client::HealthCheck;
+
+/// How a channel uses a service config: one that its source reports, such as the service config in etcd, or one that the program gives as
+/// JSON.
+///
+/// The mode applies to each setting separately. A setting that only one of the two sets always applies.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum ServiceConfigMode {
+    /// The service config takes precedence over the options of the program. As in other implementations of gRPC, its timeout also shortens
+    /// a longer timeout that a request sets.
+    Prefer,
+    /// The options of the program and the timeout of a request take precedence over the service config. This is the default.
+    #[default]
+    Defaults,
+    /// The service configs of the source are not used. A service config that the program gives as JSON is used as with
+    /// [`Defaults`](Self::Defaults).
+    Ignore,
+}
+
+/// The options of a channel that concern service configs.
+#[derive(Clone, Debug, Default)]
+pub(super) struct ServiceConfigOptions {
+    pub(super) mode: ServiceConfigMode,
+    /// The service config of the program. It applies while the source has none.
+    pub(super) of_program: Option<ServiceConfig>,
+}
+
+/// The options of the program that a service config can set as well.
+#[derive(Debug)]
+pub(super) struct ProgramOptions {
+    pub(super) policy: Option<LbPolicy>,
+    pub(super) outlier_detection: Option<OutlierDetection>,
+    /// The name of the service whose health is watched.
+    pub(super) health_check: Option<String>,
+    /// The parameters of health checks, without the name of the service.
+    pub(super) health_client: HealthCheck,
+    pub(super) methods: ProgramMethods,
+    pub(super) from_service: ServiceConfigOptions,
+}
+
+impl ProgramOptions {
+    /// Returns the settings that apply to all methods without a more specific option.
+    pub(super) fn channel(&self) -> MethodSettings {
+        self.methods.table.all.clone().unwrap_or_default()
+    }
+
+    /// Combines the options with the service config of the source, or, if the source has none, with that of the program.
+    pub(super) fn combined(
+        &self,
+        of_source: Option<&ServiceConfig>,
+    ) -> (Reconfiguration, MethodConfig) {
+        let precedence = match self.from_service.mode {
+            ServiceConfigMode::Prefer => Precedence::ServiceConfig,
+            ServiceConfigMode::Defaults | ServiceConfigMode::Ignore => Precedence::Program,
+        };
+        let config = of_source.or(self.from_service.of_program.as_ref());
+        let config = config.cloned().unwrap_or_default();
+        let config = config.parsed();
+        let balancing = Reconfiguration {
+            policy: precedence
+                .choose(self.policy, config.balancing.policy)
+                .unwrap_or_default(),
+            outlier_detection: precedence.choose(
+                self.outlier_detection.clone(),
+                config.balancing.outlier_detection.clone(),
+            ),
+            health_check: precedence
+                .choose(self.health_check.clone(), config.health_check.clone())
+                .map(|service| HealthCheck {
+                    service,
+                    ..self.health_client.clone()
+                }),
+        };
+        let methods = ServiceMethods {
+            table: &config.methods,
+            budget: config.retry_throttling,
+            precedence,
+        };
+        (balancing, MethodConfig::new(&self.methods, Some(methods)))
+    }
+}
+
+/// Starts the task that applies the service configs of the source. It ends when the returned value is dropped. Open connections stay open,
+/// whatever a service config changes.
+pub(super) fn follow_source(
+    configs: ServiceConfigs,
+    program: ProgramOptions,
+    shared: Weak<Shared>,
+) -> LiveConfig {
+    let current = Arc::new(ArcSwapOption::empty());
+    let task = follow(configs, program, Arc::clone(&current), shared);
+    let task = tokio::spawn(task.in_current_span());
+    LiveConfig {
+        current,
+        _task: StopOnDrop(task.abort_handle()),
+    }
+}
+
+async fn follow(
+    mut configs: ServiceConfigs,
+    program: ProgramOptions,
+    current: Arc<ArcSwapOption<MethodConfig>>,
+    shared: Weak<Shared>,
+) {
+    let mut last = None;
+    while let Some(config) = configs.next().await {
+        // A source can also report a change of its status, with the same service config.
+        if config == last {
+            continue;
+        }
+        last.clone_from(&config);
+        let Some(shared) = shared.upgrade() else {
+            return;
+        };
+        let (balancing, methods) = program.combined(config.as_ref());
+        // Without a service config of the source, calls use the settings that the channel was built with.
+        current.store(config.map(|_| Arc::new(methods)));
+        shared.reconfigure(balancing);
+    }
+}

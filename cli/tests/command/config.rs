@@ -1,0 +1,81 @@
+//! `config`: the service config of a service.
+
+use std::fs;
+
+use super::support::{SERVICE, client, etcd, get, run};
+
+const KEY: &str = "/gRPC.control/helloworld.Greeter/config";
+
+/// Writes a file, and returns its directory and its path.
+fn file(text: &str) -> (tempfile::TempDir, String) {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("config.json");
+    fs::write(&path, text).unwrap();
+    let path = path.to_str().unwrap().to_owned();
+    (folder, path)
+}
+
+#[tokio::test]
+async fn a_config_is_written_changed_and_deleted_and_each_change_is_shown() {
+    let etcd = etcd().await;
+    let client = client(&etcd).await;
+    let missing = run(&etcd, &["config", "get", SERVICE]).await;
+    assert_eq!(missing.code, Some(1), "{missing:?}");
+
+    let (_folder, path) = file(r#"{"methodConfig":[{"name":[{}],"timeout":"1s"}]}"#);
+    let dry = run(&etcd, &["config", "set", SERVICE, &path, "--dry-run"]).await;
+    assert_eq!(dry.code, Some(0), "{dry:?}");
+    assert_eq!(get(&client, KEY).await, None);
+    let set = run(&etcd, &["config", "set", SERVICE, &path]).await;
+    assert_eq!(set.code, Some(0), "{set:?}");
+    assert!(set.stdout.contains(r#"+       "timeout": "1s""#), "{set:?}");
+    assert!(set.stdout.contains("written, revision "), "{set:?}");
+
+    let (_folder, path) = file(r#"{"methodConfig":[{"name":[{}],"timeout":"2s"}]}"#);
+    let set = run(&etcd, &["config", "set", SERVICE, &path]).await;
+    assert!(set.stdout.contains(r#"-       "timeout": "1s""#), "{set:?}");
+    assert!(set.stdout.contains(r#"+       "timeout": "2s""#), "{set:?}");
+    let again = run(&etcd, &["config", "set", SERVICE, &path]).await;
+    assert!(again.stdout.contains("unchanged"), "{again:?}");
+
+    let read = run(&etcd, &["config", "get", SERVICE, "--json"]).await;
+    let read = &read.json()[0];
+    assert_eq!(read["config"]["methodConfig"][0]["timeout"], "2s");
+    let revision = read["revision"].to_string();
+    let other = run(&etcd, &["config", "rm", SERVICE, "--revision", "1"]).await;
+    assert_eq!(other.code, Some(1), "{other:?}");
+    let removed = run(&etcd, &["config", "rm", SERVICE, "--revision", &revision]).await;
+    assert_eq!(removed.code, Some(0), "{removed:?}");
+    assert_eq!(get(&client, KEY).await, None);
+    let removed = run(&etcd, &["config", "rm", SERVICE]).await;
+    assert_eq!(removed.code, Some(1), "{removed:?}");
+}
+
+#[tokio::test]
+async fn a_config_that_clients_would_reject_is_not_written() {
+    let etcd = etcd().await;
+    let client = client(&etcd).await;
+    let (_folder, path) = file(r#"{"methodConfig":[{"name":[{}],"timeout":5}]}"#);
+    for subcommand in ["set", "check"] {
+        let rejected = run(&etcd, &["config", subcommand, SERVICE, &path]).await;
+        assert_eq!(rejected.code, Some(1), "{rejected:?}");
+        let reason = "methodConfig[0].timeout: expected a duration";
+        assert!(rejected.stderr.contains(reason), "{rejected:?}");
+    }
+    assert_eq!(get(&client, KEY).await, None);
+
+    let mut kv = client.kv_client();
+    kv.put(KEY, "\u{1b}[2J{", None).await.unwrap();
+    let bad = run(&etcd, &["config", "check", SERVICE]).await;
+    assert_eq!(bad.code, Some(1), "{bad:?}");
+    let bad = run(&etcd, &["config", "get", SERVICE]).await;
+    assert_eq!(bad.code, Some(1), "{bad:?}");
+    assert!(bad.stdout.contains("\\u{1b}[2J{"), "{bad:?}");
+    kv.put(KEY, r#"{"healthCheckConfig":{"serviceName":"a"}}"#, None)
+        .await
+        .unwrap();
+    let good = run(&etcd, &["config", "check", SERVICE]).await;
+    assert_eq!(good.code, Some(0), "{good:?}");
+    let usage = run(&etcd, &["config", "get", "a/b"]).await;
+    assert_eq!(usage.code, Some(2), "{usage:?}");
+}
