@@ -69,7 +69,7 @@ minimal-versions: setup ## Check that the oldest dependencies allowed still suff
 	scripts/minimal-versions
 
 # Together these cover the libraries, the command (`--bins` and `--test command`), the examples, the integration tests and the doc tests, but not
-# the benches. `make interop` runs the tests that depend on etcd once more, with the newest one.
+# the benches.
 test: setup ## Run all tests
 	@echo "with $$("$${ETCD_BIN:-etcd}" --version | sed -n 1p), $$("$${PROTOC:-protoc}" --version)"
 	@command -v go >/dev/null && go version || echo "left out: the tests with grpc-go (there is no Go)"
@@ -84,19 +84,10 @@ test-newest: ## Run the tests that depend on etcd with the newest one, which Go 
 		ETCD_BIN=$$etcd $(CARGO) test --locked --all-features --test resolver quiet
 
 # Installs and builds them once, which takes minutes. Two tests at once: most of them wait for the other side.
-interop: setup ## Run the tests with real servers and proxies (grpc-go, grpc-java, grpcio, grpc-js, nginx, haproxy, Caddy) and the newest etcd
+interop: setup ## Run the tests with real servers and proxies (grpc-go, grpc-java, grpcio, grpc-js, nginx, haproxy, Caddy)
 	scripts/setup-interop
 	$(CARGO) build --locked -p tonic-etcd-cli
 	RUST_TEST_THREADS=2 $(CARGO) test --locked --all-features --test peers
-	@if [ -n "$${ETCD_BIN:-}" ]; then \
-		echo "LEFT OUT: the tests with etcd $(ETCD_NEWEST), because ETCD_BIN names the one to test with"; \
-	elif ! command -v go >/dev/null 2>&1; then \
-		echo "LEFT OUT: the tests with etcd $(ETCD_NEWEST), because Go is missing, which would build it"; \
-	elif ! scripts/build-etcd $(ETCD_NEWEST) >/dev/null; then \
-		echo "LEFT OUT: the tests with etcd $(ETCD_NEWEST), because it could not be built"; \
-	else \
-		$(MAKE) --no-print-directory test-newest; \
-	fi
 
 operate: setup ## Run the examples with a real Prometheus, the queries of the dashboard, the alerts, and the tests of the command
 	@scripts/setup-operate
