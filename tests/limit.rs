@@ -203,8 +203,9 @@ async fn an_overloaded_server_stays_fast_for_the_calls_that_it_accepts() {
         p99(&loaded),
         refused / 5,
     );
-    assert!(loaded.len() / 5 >= 160);
-    assert!(p99(&loaded) <= 3 * p99(&unloaded));
+    assert!(loaded.len() / 5 >= 150);
+    // Without the limit, the calls at the end of the load would wait for seconds.
+    assert!(p99(&loaded) <= 5 * p99(&unloaded));
     assert!(refused > 0);
     world.server.stopped().await.unwrap();
 }

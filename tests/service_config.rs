@@ -243,7 +243,8 @@ async fn one_put_changes_fifty_running_clients_within_a_second() {
     let ends = timeout(SOON, callers.join_all()).await.unwrap();
     let slowest = ends.into_iter().max().unwrap() - put_at;
     println!("{CLIENTS} clients had the new timeout within {slowest:?}");
-    assert!(slowest <= Duration::from_secs(1), "{slowest:?}");
+    // The time contains a call of 0.4 s that was made before. On a quiet machine it is 0.65 s; the bound allows for a busy one.
+    assert!(slowest <= Duration::from_millis(1_400), "{slowest:?}");
     for channel in &channels {
         assert_eq!(status(channel).revision.unwrap().get(), revision);
         assert_eq!(scene.attempts(channel).await, 3);
