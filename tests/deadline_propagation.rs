@@ -270,8 +270,8 @@ async fn a_response_stream_inherits_the_deadline_for_each_of_its_calls() {
     chain.stop().await;
 }
 
-/// The last server never responds. The second one ends its call a margin before the first one does, so the error of the caller says where
-/// the time was lost.
+/// The last server never responds. The second server ends its call a margin before the first server does, so the caller's error names the last
+/// server.
 #[tokio::test]
 async fn the_error_of_an_exceeded_deadline_comes_from_the_innermost_call() {
     let mut chain = Chain::new(PropagateDeadlineLayer::new().max_margin(MARGIN * 20)).await;

@@ -132,7 +132,7 @@ async fn a_handle_returns_the_bound_address_and_changes_the_registration_of_a_se
     assert!(timeout(SOON, handle.address()).await.unwrap().is_none());
 }
 
-/// `stop` begins the same shutdown as the stop signal, which never comes here.
+/// `stop` begins the same shutdown as the stop signal, which this test never sends.
 #[tokio::test]
 async fn a_handle_stops_a_server_gracefully() {
     let world = World::new().await;

@@ -145,7 +145,7 @@ impl Gradient {
         };
         self.baseline = Some(baseline);
         if !is_loaded {
-            // The limit is not in use, so the latency says nothing about it.
+            // Fewer calls are in flight than the limit allows, so the latency does not depend on the limit.
             return;
         }
         let gradient = (baseline.latency * TOLERANCE / latency).clamp(MIN_GRADIENT, 1.0);

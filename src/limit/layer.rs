@@ -26,7 +26,7 @@ use super::gradient::{Bounds, Gradient};
 /// - The limit starts at 32, and changes at most every 100 ms, by the ratio of the latency without a queue to the current median latency.
 /// - To measure the latency without a queue, the limit is halved for about 20 calls: 1, 2, 4, 8 and 16 s after an overload begins, then
 ///   every 30 s.
-/// - All clones of the layer share one limit. All connections of a server do.
+/// - All clones of the layer share one limit, so it applies to all connections of a server together.
 ///
 /// A server with methods of very different latencies should have one layer per service, because the limit follows the median of all calls.
 #[derive(Clone)]

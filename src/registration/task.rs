@@ -492,7 +492,7 @@ async fn execute(
     }
 }
 
-/// Deletes a key whose value was changed by somebody else, if it still belongs to the registration: an operator has written it by hand, or it
+/// Deletes a key whose value was changed by another writer, if it still belongs to the registration: an operator has written it by hand, or it
 /// is attached to the lease of the registration.
 async fn delete_changed(
     etcd: &Etcd,

@@ -30,7 +30,7 @@
 //! - The deadline belongs to the task that serves the call. A task that the handler spawns does not have it, unless it runs in
 //!   [`ServedDeadline::scope`].
 //! - A request with the extension [`IgnoreServedDeadline`] does not inherit the deadline.
-//! - Cancellation needs no layer. If the caller goes away, tonic drops the future of the handler, and the calls that this future was
+//! - Cancellation needs no layer. If the caller cancels the call or disconnects, tonic drops the future of the handler, and the calls that this future was
 //!   waiting for are cancelled. Spawned tasks continue.
 //! - Other channels, for example that of tonic, do not inherit the deadline.
 
