@@ -8,17 +8,14 @@
 #[path = "../balance/src/metrics/tests/memory.rs"]
 #[allow(dead_code, reason = "the tests of tonic-balance use the rest")]
 mod memory;
-#[path = "retry/script.rs"]
-#[allow(dead_code, reason = "the tests of retries use the rest")]
-mod script;
 mod support;
 
 use std::time::Duration;
 
 use memory::Memory;
-use script::{Act, Server};
 use support::greeter::HelloRequest;
 use support::greeter::greeter_client::GreeterClient;
+use support::script::{Act, Server};
 use support::{SOON, all_ready, client, etcd, eventually};
 use tokio::time::timeout;
 use tonic::{Code, Request};

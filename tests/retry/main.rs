@@ -7,16 +7,15 @@
 
 mod hedging;
 mod kills;
-mod script;
 #[path = "../support/mod.rs"]
 mod support;
 
 use std::time::Duration;
 
 use h2::Reason;
-use script::{Act, Server};
 use support::greeter::HelloRequest;
 use support::greeter::greeter_client::GreeterClient;
+use support::script::{self, Act, Server};
 use support::{SOON, all_ready, eventually};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, timeout};

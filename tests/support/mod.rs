@@ -39,6 +39,7 @@ pub mod proxy;
 pub mod pty;
 pub mod relay;
 pub mod roles;
+pub mod script;
 #[cfg(feature = "tls")]
 pub mod tls;
 

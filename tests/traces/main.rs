@@ -5,9 +5,6 @@
     reason = "a failed step is a failed test"
 )]
 
-#[path = "../retry/script.rs"]
-#[allow(dead_code, reason = "the tests of retries use the rest")]
-mod script;
 #[allow(unreachable_pub, reason = "the module is a part of this test")]
 mod spans;
 #[path = "../support/mod.rs"]
@@ -19,11 +16,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use h2::Reason;
-use script::{Act, Server};
 use spans::Root;
 use support::greeter::greeter_client::GreeterClient;
 use support::greeter::greeter_server::GreeterServer;
 use support::greeter::{HelloRequest, NamedGreeter};
+use support::script::{Act, Server};
 use support::{SOON, all_ready, etcd, eventually, hello};
 use tokio::sync::mpsc;
 use tokio::time::timeout;

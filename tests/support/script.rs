@@ -15,7 +15,7 @@ use tonic::Code;
 
 /// Reaction of the server to a call.
 #[derive(Clone, Debug)]
-pub(super) enum Act {
+pub enum Act {
     /// Reads the request and answers with an empty message.
     Reply,
     /// Like `Reply`, after a delay.
@@ -38,15 +38,15 @@ pub(super) enum Act {
 
 /// Record of a call that the server received.
 #[derive(Clone, Debug)]
-pub(super) struct Seen {
-    pub(super) at: Instant,
-    pub(super) previous: Option<String>,
-    pub(super) timeout: Option<String>,
-    pub(super) body: Vec<u8>,
+pub struct Seen {
+    pub at: Instant,
+    pub previous: Option<String>,
+    pub timeout: Option<String>,
+    pub body: Vec<u8>,
 }
 
-pub(super) struct Server {
-    pub(super) address: String,
+pub struct Server {
+    pub address: String,
     calls: Arc<Mutex<Vec<Seen>>>,
     cancelled: Arc<AtomicUsize>,
     task: AbortHandle,
@@ -54,7 +54,7 @@ pub(super) struct Server {
 
 impl Server {
     /// Starts a server. `script` gets the number of a call, counted from zero, and returns the reaction of the server.
-    pub(super) async fn start(script: impl Fn(usize) -> Act + Send + Sync + 'static) -> Self {
+    pub async fn start(script: impl Fn(usize) -> Act + Send + Sync + 'static) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
         let calls = Arc::<Mutex<Vec<Seen>>>::default();
@@ -90,20 +90,20 @@ impl Server {
         }
     }
 
-    pub(super) async fn always(act: Act) -> Self {
+    pub async fn always(act: Act) -> Self {
         Self::start(move |_| act.clone()).await
     }
 
-    pub(super) fn calls(&self) -> Vec<Seen> {
+    pub fn calls(&self) -> Vec<Seen> {
         self.calls.lock().unwrap().clone()
     }
 
-    pub(super) fn count(&self) -> usize {
+    pub fn count(&self) -> usize {
         self.calls.lock().unwrap().len()
     }
 
     /// Returns the number of calls that the client has cancelled.
-    pub(super) fn cancelled(&self) -> usize {
+    pub fn cancelled(&self) -> usize {
         self.cancelled.load(Ordering::SeqCst)
     }
 }
