@@ -189,7 +189,7 @@ fn judge(display: &Display, tally: &Mutex<Tally>, served: u64) -> Result<ExitCod
         display.line(format!("the last failure: {}", tally.last_failure));
     }
     display.line(format!(
-        "{} calls failed when beta was killed; the next line does not count them as failed",
+        "failed when beta was killed: {} (the next line does not count these calls as failed)",
         tally.caught
     ));
     display.line(format!(

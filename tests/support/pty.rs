@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::Read;
+use std::num::NonZeroU16;
 use std::process::Stdio;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -9,6 +10,7 @@ use std::time::Duration;
 use nix::pty::{Winsize, openpty};
 use tokio::process::{Child, Command};
 use tokio::time::{Instant, sleep};
+use vt100::{Callbacks, Color, Parser};
 
 /// A pseudo-terminal with one program.
 pub struct Terminal(Arc<Mutex<Screen>>);
@@ -31,14 +33,17 @@ impl Terminal {
             .stderr(stream())
             .spawn()
             .unwrap();
-        let screen = Arc::new(Mutex::new(Screen::new(columns.into(), rows.into())));
+        let size = |number| NonZeroU16::new(number).unwrap();
+        let mut parser = Parser::new_with_callbacks(size(rows), size(columns), 0, OnlyKnown);
+        let screen = Arc::new(Mutex::new(Screen::default()));
         let shared = Arc::clone(&screen);
         let mut master = File::from(pty.master);
         // The thread ends when the program has closed the terminal. The read then fails.
         std::thread::spawn(move || {
             let mut buffer = [0; 4_096];
             while let Ok(read @ 1..) = master.read(&mut buffer) {
-                lock(&shared).feed(&buffer[..read]);
+                parser.process(&buffer[..read]);
+                lock(&shared).update(parser.screen());
             }
         });
         (child, Self(screen))
@@ -68,124 +73,73 @@ fn lock(screen: &Mutex<Screen>) -> MutexGuard<'_, Screen> {
     screen.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// What a terminal shows. It understands the control sequences that the programs of this repository send, and panics at others.
-#[derive(Clone)]
+/// What a terminal shows, as the emulator of the crate `vt100` understands the output of the program.
+#[derive(Clone, Default)]
 pub struct Screen {
-    columns: usize,
-    rows: usize,
-    main: Vec<Vec<char>>,
-    alternate: Option<Vec<Vec<char>>>,
-    /// The position of the cursor: row and column, from zero.
-    cursor: (usize, usize),
-    pub cursor_is_visible: bool,
-    /// Whether a colour was ever selected.
+    text: String,
+    /// Whether the alternate screen is shown, which hides earlier output.
+    is_alternate: bool,
+    cursor_is_hidden: bool,
+    /// Whether a coloured cell was ever on the screen.
     pub was_coloured: bool,
     /// Whether a line of the alternate screen was ever longer than the terminal is wide.
     pub has_wrapped: bool,
-    /// The bytes of an incomplete character or control sequence.
-    pending: Vec<u8>,
 }
 
 impl Screen {
-    fn new(columns: usize, rows: usize) -> Self {
-        Self {
-            columns,
-            rows,
-            main: vec![vec![' '; columns]; rows],
-            alternate: None,
-            cursor: (0, 0),
-            cursor_is_visible: true,
-            was_coloured: false,
-            has_wrapped: false,
-            pending: Vec::new(),
-        }
-    }
-
     /// Returns whether the alternate screen is shown, which hides earlier output.
     pub fn is_alternate(&self) -> bool {
-        self.alternate.is_some()
+        self.is_alternate
     }
 
-    /// Returns the visible text.
-    pub fn text(&self) -> String {
-        let lines = self.alternate.as_ref().unwrap_or(&self.main).iter();
-        let line = |line: &Vec<char>| line.iter().collect::<String>().trim_end().to_owned();
-        lines.map(line).collect::<Vec<_>>().join("\n")
+    pub fn cursor_is_visible(&self) -> bool {
+        !self.cursor_is_hidden
     }
 
-    fn feed(&mut self, bytes: &[u8]) {
-        for byte in bytes {
-            self.pending.push(*byte);
-            if self.pending[0] == 0x1b {
-                // ESC [ parameters, and a letter at the end.
-                if self.pending.len() > 2 && byte.is_ascii_alphabetic() {
-                    let sequence = String::from_utf8(std::mem::take(&mut self.pending)).unwrap();
-                    self.control(&sequence[1..]);
-                }
-            } else if let Ok(text) = std::str::from_utf8(&self.pending) {
-                let letter = text.chars().next().unwrap();
-                self.pending.clear();
-                self.print(letter);
-            }
-        }
+    /// Returns the visible text. A line that is longer than the terminal is wide is one line here.
+    pub fn text(&self) -> &str {
+        &self.text
     }
 
-    fn lines(&mut self) -> &mut Vec<Vec<char>> {
-        self.alternate.as_mut().unwrap_or(&mut self.main)
+    fn update(&mut self, screen: &vt100::Screen) {
+        let (rows, columns) = screen.size();
+        let cells = (0..rows.get()).flat_map(|row| (0..columns.get()).map(move |c| (row, c)));
+        self.was_coloured |= cells
+            .filter_map(|(row, column)| screen.cell(row, column))
+            .any(|cell| cell.fgcolor() != Color::Default || cell.bgcolor() != Color::Default);
+        self.is_alternate = screen.alternate_screen();
+        self.has_wrapped |= self.is_alternate && (0..rows.get()).any(|row| screen.row_wrapped(row));
+        self.cursor_is_hidden = screen.hide_cursor();
+        let lines = screen.contents();
+        let lines: Vec<_> = lines.lines().map(str::trim_end).collect();
+        self.text = lines.join("\n");
+    }
+}
+
+/// Panics at a control character or sequence that the emulator does not know: other terminals may not know it either.
+struct OnlyKnown;
+
+impl Callbacks for OnlyKnown {
+    fn unhandled_control(&mut self, _: &mut vt100::Screen, byte: u8) {
+        panic!("unknown control character {byte:#04x}");
     }
 
-    fn print(&mut self, letter: char) {
-        let columns = self.columns;
-        match letter {
-            '\r' => self.cursor.1 = 0,
-            '\n' => self.line_feed(),
-            letter => {
-                assert!(!letter.is_control(), "{letter:?}");
-                if self.cursor.1 == columns {
-                    self.has_wrapped |= self.is_alternate();
-                    self.cursor.1 = 0;
-                    self.line_feed();
-                }
-                let (row, column) = self.cursor;
-                self.lines()[row][column] = letter;
-                self.cursor.1 += 1;
-            }
-        }
+    fn unhandled_escape(&mut self, _: &mut vt100::Screen, _: Option<u8>, _: Option<u8>, byte: u8) {
+        panic!("unknown escape sequence {:?}", char::from(byte));
     }
 
-    fn line_feed(&mut self) {
-        let columns = self.columns;
-        if self.cursor.0 + 1 < self.rows {
-            self.cursor.0 += 1;
-        } else {
-            let lines = self.lines();
-            lines.remove(0);
-            lines.push(vec![' '; columns]);
-        }
+    fn unhandled_csi(
+        &mut self,
+        _: &mut vt100::Screen,
+        _: Option<u8>,
+        _: Option<u8>,
+        parameters: &[&[u16]],
+        letter: char,
+    ) {
+        panic!("unknown control sequence {parameters:?} {letter:?}");
     }
 
-    fn control(&mut self, sequence: &str) {
-        let (row, column) = self.cursor;
-        match sequence {
-            "[?1049h" => self.alternate = Some(vec![vec![' '; self.columns]; self.rows]),
-            "[?1049l" => self.alternate = None,
-            "[?25h" => self.cursor_is_visible = true,
-            "[?25l" => self.cursor_is_visible = false,
-            "[2J" => self.lines().iter_mut().for_each(|line| line.fill(' ')),
-            "[J" => {
-                self.lines()[row][column..].fill(' ');
-                let below = self.lines()[row + 1..].iter_mut();
-                below.for_each(|line| line.fill(' '));
-            }
-            "[2K" => self.lines()[row].fill(' '),
-            "[0m" => {}
-            _ if sequence.ends_with('m') => self.was_coloured = true,
-            _ if sequence.ends_with('H') => {
-                let position = sequence[1..sequence.len() - 1].split_once(';').unwrap();
-                let number = |text: &str| text.parse::<usize>().unwrap() - 1;
-                self.cursor = (number(position.0), number(position.1));
-            }
-            _ => panic!("unknown control sequence {sequence:?}"),
-        }
+    fn unhandled_osc(&mut self, _: &mut vt100::Screen, parameters: &[&[u8]]) {
+        panic!("unknown operating system command {parameters:?}");
     }
 }

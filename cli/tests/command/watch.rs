@@ -73,7 +73,7 @@ async fn watch_shows_a_live_view_on_a_terminal() {
             text.contains(&alive_row) && text.contains("  serving (")
         })
         .await;
-    assert!(screen.is_alternate() && !screen.cursor_is_visible);
+    assert!(screen.is_alternate() && !screen.cursor_is_visible());
     let text = screen.text();
     let heading = text.lines().next().unwrap();
     assert!(heading.starts_with(SERVICE), "{text}");
@@ -108,7 +108,7 @@ async fn watch_shows_a_live_view_on_a_terminal() {
             !screen.is_alternate() && screen.text().contains(&left)
         })
         .await;
-    assert!(screen.cursor_is_visible);
+    assert!(screen.cursor_is_visible());
     assert!(!screen.text().contains("ADDRESS"), "{}", screen.text());
 }
 
@@ -123,7 +123,8 @@ async fn sigterm_restores_the_terminal_of_watch() {
         .await;
     signal(&watch, Signal::SIGTERM);
     assert_eq!(code(&mut watch).await, Some(143));
-    let restored = |screen: &super::pty::Screen| !screen.is_alternate() && screen.cursor_is_visible;
+    let restored =
+        |screen: &super::pty::Screen| !screen.is_alternate() && screen.cursor_is_visible();
     terminal
         .until("the terminal is restored", SOON, restored)
         .await;
