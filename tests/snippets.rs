@@ -448,7 +448,7 @@ async fn policies_3(registry: Registry) -> Result<(), Box<dyn Error>> {
 async fn policies_4(registry: Registry) -> Result<(), Box<dyn Error>> {
     use tonic_etcd::channel::{PickInfo, PickPolicy, ReadyEndpoints};
 
-    /// Sends the calls of a tenant to the servers with the metadata entry `tenant` of this tenant.
+    /// Sends each call to the servers whose metadata entry `tenant` is the tenant of the call.
     struct ByTenant;
 
     impl PickPolicy for ByTenant {

@@ -89,7 +89,7 @@ impl Registry {
         self.keyspace.prefix()
     }
 
-    /// Returns a builder of a registration of a server for a service. The key is `<prefix><service>/<instance id>`, unless the [`Format`]
+    /// Returns a builder for a registration of a server for a service. The key is `<prefix><service>/<instance id>`, unless the [`Format`]
     /// of the registration defines another key.
     ///
     /// The service name must not be empty and must not contain a slash. An invalid name is reported as an error when the server is
@@ -103,16 +103,16 @@ impl Registry {
         )
     }
 
-    /// Returns a builder of a registration at exactly this key. The prefix of the registry is not used.
+    /// Returns a builder for a registration at exactly this key. The prefix of the registry is not used.
     pub fn registration_at(&self, key: impl Into<String>) -> RegistrationBuilder {
         RegistrationBuilder::key(self.etcd.clone(), self.policy.clone(), &key.into())
     }
 
-    /// Returns a builder of a resolver that watches the instances of a service. The watch begins with [`start`](ResolverBuilder::start).
+    /// Returns a builder for a resolver that watches the instances of a service. The watch begins with [`start`](ResolverBuilder::start).
     ///
     /// Resolvers and channels of one service share one watch and one set of instances, if they are started on the same runtime by this
-    /// registry or its clones, and have the same options. A [filter](ResolverBuilder::filter) is the same option only in clones of one
-    /// builder.
+    /// registry or its clones, and have the same options. Two [filters](ResolverBuilder::filter) count as equal only if their
+    /// builders are clones of one builder.
     ///
     /// ```no_run
     /// # async fn run(registry: tonic_etcd::Registry) {
@@ -130,7 +130,7 @@ impl Registry {
         }
     }
 
-    /// Returns a builder of a resolver that watches all keys under the given prefixes. A missing trailing slash is added to each prefix:
+    /// Returns a builder for a resolver that watches all keys under the given prefixes. A missing trailing slash is added to each prefix:
     /// `/web/node1` is under `/web`, but `/webs/node1` is not. The prefix of the registry is not used.
     pub fn resolver_at<I>(&self, prefixes: I) -> ResolverBuilder
     where
@@ -142,7 +142,7 @@ impl Registry {
             .sharing(&self.resolvers)
     }
 
-    /// Returns a builder of a channel that is balanced over the instances of a service.
+    /// Returns a builder for a channel that is balanced over the instances of a service.
     ///
     /// ```no_run
     /// # async fn run(registry: tonic_etcd::Registry) -> Result<(), Box<dyn std::error::Error>> {
@@ -156,7 +156,7 @@ impl Registry {
         self.builder_of_channel(self.resolver(service))
     }
 
-    /// Returns a builder of a channel that is balanced over the instances of a resolver from [`resolver_at`](Self::resolver_at).
+    /// Returns a builder for a channel that is balanced over the instances of a resolver from [`resolver_at`](Self::resolver_at).
     pub fn channel_at<I>(&self, prefixes: I) -> ChannelBuilder<ResolverBuilder>
     where
         I: IntoIterator,
@@ -165,7 +165,7 @@ impl Registry {
         self.builder_of_channel(self.resolver_at(prefixes))
     }
 
-    /// Returns a builder of a channel for a target in the form of grpc-go, `etcd:///service`. The channel uses the keys below `service/`,
+    /// Returns a builder for a channel to a target in the form of grpc-go, `etcd:///service`. The channel uses the keys below `service/`,
     /// and the prefix of the registry is not used. With four slashes, as in `etcd:////gRPC/service`, the keys begin with a slash.
     ///
     /// ```no_run

@@ -21,7 +21,7 @@ use crate::attributes::Attributes;
 /// ```
 /// use tonic_balance::channel::{PickInfo, PickPolicy, ReadyEndpoints};
 ///
-/// /// Sends the calls of a tenant to the endpoints with the label `tenant` of this tenant, to the one with the fewest calls in flight.
+/// /// Sends each call to the endpoints whose label `tenant` is the tenant of the call, and there to the one with the fewest calls in flight.
 /// struct ByTenant;
 ///
 /// impl PickPolicy for ByTenant {

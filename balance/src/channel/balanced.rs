@@ -117,14 +117,14 @@ impl BalancedChannel {
         Ok(())
     }
 
-    /// Returns whether the channel can make no more calls, because its runtime has ended, its driver has panicked, or the channel is
-    /// [invalid](ChannelError::InvalidOption).
+    /// Returns whether the channel can make no more calls, because its runtime has ended, its background task has panicked, or the channel
+    /// is [invalid](ChannelError::InvalidOption).
     #[must_use]
     pub fn is_closed(&self) -> bool {
         self.0.shared().has_ended()
     }
 
-    /// Returns the endpoint at which a connection, or an attempt to connect, failed last.
+    /// Returns the endpoint of the most recent lost connection or failed attempt to connect.
     #[must_use]
     pub fn last_failed_endpoint(&self) -> Option<Address> {
         let summary = self.0.shared().summary();

@@ -114,8 +114,9 @@ impl<S> ChannelBuilder<S> {
     }
 
     /// Sets how long a new endpoint takes to reach its full share of the calls. In this time, its weight grows from a tenth to the full
-    /// weight, as in Envoy's slow start. Disabled by default: a new endpoint counts as hardly faster than the median of all endpoints, so it
-    /// is not flooded with calls. Enable slow start for servers that are slow until they have warmed up.
+    /// weight, as in Envoy's slow start. Disabled by default, because a new endpoint is not flooded with calls: until its first response,
+    /// its latency counts as three quarters of the median of all endpoints. Enable slow start for servers that are slow until they have
+    /// warmed up.
     pub fn slow_start(mut self, window: Duration) -> Self {
         self.config.options.slow_start = (!window.is_zero()).then_some(window);
         self
@@ -285,7 +286,8 @@ impl<S> ChannelBuilder<S> {
     }
 
     /// Sets the scheme and the authority of calls. The default scheme is `https` if TLS is configured, and `http` otherwise. The default
-    /// authority is the server name of the TLS configuration, or else the authority of the request, or else the endpoint's address.
+    /// authority is the server name of the TLS configuration, or else, for [`Dns`], its `host:port`, or else the authority of the request,
+    /// or else the endpoint's address.
     pub fn origin(mut self, origin: Uri) -> Self {
         self.config.origin = Some(origin);
         self
@@ -300,8 +302,9 @@ impl<S> ChannelBuilder<S> {
     /// Enables metrics: passes a [`Recorder`](crate::metrics::Recorder), or a [`Metrics`] that also selects the instruments. Disabled by
     /// default. The channels of a registry have the recorder of the registry.
     ///
-    /// The label `grpc.target` is the target of the source, `etcd:///<prefix><service>` for a channel of a registry. Other channels have the
-    /// name of their [service](Self::service) instead.
+    /// The label `grpc.target` is the target that the source of the endpoints reports: for example `etcd:////gRPC/helloworld.Greeter` for a
+    /// channel of a registry, and `dns:///host:port` for [`Dns`]. If the source reports none, it is the name of the
+    /// [service](Self::service).
     pub fn metrics(mut self, metrics: impl Into<Metrics>) -> Self {
         let metrics = metrics.into();
         if let Some(reason) = metrics.unknown_name() {

@@ -11,8 +11,8 @@ use crate::balance::LbPolicy;
 use crate::balance::ProvidedPolicy;
 
 impl<S> ChannelBuilder<S> {
-    /// Sets a policy of the program, which picks the endpoint of each attempt. Where it picks none, the [`policy`](Self::policy) does. Default:
-    /// none. The policy receives a copy of the headers and the extensions of each call.
+    /// Sets a policy of the program, which picks the endpoint of each attempt. If it returns `None`, the policy set with
+    /// [`policy`](Self::policy) picks. Default: none. The policy receives a copy of the headers and the extensions of each call.
     pub fn pick_policy(mut self, policy: impl PickPolicy) -> Self {
         self.config.options.pick_policy = Some(ProvidedPolicy(Arc::new(policy)));
         self

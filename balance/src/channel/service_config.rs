@@ -15,10 +15,10 @@ use crate::call::method_config::{
 use crate::service_config::ServiceConfig;
 use crate::transport::health_client::HealthCheck;
 
-/// How a channel uses a service config: one that its source reports, such as the service config in etcd, or one that the program gives as
-/// JSON.
+/// Decides whether the options of the program or a service config take precedence. The service config is the one that the source of the
+/// endpoints reports, such as the one in etcd. While the source reports none, it is the one that the program passes as JSON.
 ///
-/// The mode applies to each setting separately. A setting that only one of the two sets always applies.
+/// The mode applies to each setting separately. A setting that only the options or only the service config contains always applies.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ServiceConfigMode {
@@ -28,7 +28,7 @@ pub enum ServiceConfigMode {
     /// The options of the program and the timeout of a request take precedence over the service config. This is the default.
     #[default]
     Defaults,
-    /// The service configs of the source are not used. A service config that the program gives as JSON is used as with
+    /// The service configs of the source are not used. A service config that the program passes as JSON is used as with
     /// [`Defaults`](Self::Defaults).
     Ignore,
 }

@@ -4,9 +4,9 @@ use super::ChannelBuilder;
 use super::service_config::ServiceConfigMode;
 
 impl<S> ChannelBuilder<S> {
-    /// Sets a service config in gRPC's JSON format. It is used while the [source](crate::channel::Endpoints::service_configs) has no service
-    /// config. Default: none. Options of this builder that set the same as the service config take precedence over it, unless
-    /// the mode is [`Prefer`](ServiceConfigMode::Prefer).
+    /// Sets a service config in gRPC's JSON format. It is used while the [source of the
+    /// endpoints](crate::channel::Endpoints::service_configs) reports none. Default: none. If an option of this builder and the service
+    /// config contain the same setting, the option applies, unless the mode is [`Prefer`](ServiceConfigMode::Prefer).
     ///
     /// If the service config cannot be used, `connect` fails with [`InvalidOption`](crate::error::ChannelError::InvalidOption), which names
     /// the field.

@@ -174,7 +174,7 @@ impl<S> Endpoints<S> {
         self
     }
 
-    /// Sets the target, as in `etcd:///gRPC/helloworld.Greeter`. It is the value of the label `grpc.target` of
+    /// Sets the target, as in `etcd:////gRPC/helloworld.Greeter`. It is the value of the label `grpc.target` of
     /// [metrics](crate::channel::ChannelBuilder::metrics), and must not contain the addresses of endpoints.
     #[must_use]
     pub fn target(mut self, target: impl Into<String>) -> Self {
@@ -186,8 +186,9 @@ impl<S> Endpoints<S> {
     /// With `None`, the options of the program apply again. If the stream ends, the last item stays in force.
     ///
     /// Until the first item, the options of the program apply. The option
-    /// [`service_config_mode`](crate::channel::ChannelBuilder::service_config_mode) of the channel sets which of the two takes precedence. A
-    /// channel with such a stream reserves one stream of each connection for a health check.
+    /// [`service_config_mode`](crate::channel::ChannelBuilder::service_config_mode) of the channel sets which of the two takes precedence.
+    /// If this method is used, the channel reserves one HTTP/2 stream of each connection for a health check, which a service config can
+    /// enable.
     #[must_use]
     pub fn service_configs(
         mut self,

@@ -13,10 +13,10 @@ use tower::{Layer, Service};
 use super::served::{Scope, ServedDeadline};
 use crate::transport::deadline::{self, GRPC_TIMEOUT};
 
-/// A [`tower::Layer`] for a server, whose handlers' calls inherit the deadline of the served call. See the [module](super).
+/// A [`tower::Layer`] for a server: calls that a handler makes inherit the deadline of the call that it serves. See the [module](super).
 ///
-/// The deadline is that of the header `grpc-timeout`. A call without this header is served as without the layer. The layer itself ends no
-/// call: tonic's server does this.
+/// The layer reads the deadline from the header `grpc-timeout`. It has no effect on a call without this header. The layer does not end
+/// calls at their deadline: tonic's server does this.
 #[derive(Clone, Copy, Debug)]
 pub struct PropagateDeadlineLayer {
     max_margin: Duration,

@@ -40,8 +40,8 @@ impl ServedDeadline {
         Some(Self { at, max_margin })
     }
 
-    /// Returns the deadline of the call that the current task serves. Returns `None` outside of the
-    /// [layer](super::PropagateDeadlineLayer) and of [`scope`](Self::scope), and if the caller has set no deadline.
+    /// Returns the deadline of the call that the current task serves. Returns `None` outside the [layer](super::PropagateDeadlineLayer) and
+    /// [`scope`](Self::scope), and if the caller has set no deadline.
     #[must_use]
     pub fn current() -> Option<Self> {
         SERVED.try_with(|served| *served).ok()

@@ -24,11 +24,12 @@ use crate::channel::source::{EndpointSource, Endpoints, SourceContext, parse};
 ///
 /// - at the start,
 /// - every [`interval`](Self::interval), 30 s by default,
-/// - after a failed attempt to connect to an endpoint, because the endpoint may have moved. Two lookups start at least 5 s apart.
+/// - after a failed attempt to connect to an endpoint, because the endpoint may have moved, but not within 5 s of the start of the last
+///   successful lookup.
 ///
 /// The lookups use the resolver of the operating system (`getaddrinfo`), and so `/etc/hosts` and `/etc/resolv.conf`. If a lookup fails, or
-/// its answer contains no address, the endpoints stay as they are. The lookup is then repeated after 1 s, and later after up to the interval. The
-/// errors of calls that find no endpoint contain the failure.
+/// its answer contains no address, the endpoints stay as they are. The lookup is then repeated after 1 s, 2 s, 4 s and so on, at most after
+/// the interval. The errors of calls that find no endpoint contain the failure.
 ///
 /// The name is the server name for TLS, unless the TLS configuration contains another one, and the authority of calls.
 ///
