@@ -203,53 +203,16 @@ async fn migration_8(registry: Registry) -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-mod migration_9 {
-    use super::greeter::{NamedGreeter as MyGreeter, *};
-    use greeter_client::GreeterClient;
-    use greeter_server::GreeterServer;
-
-    use std::collections::HashSet;
-    use std::convert::Infallible;
+async fn migration_9(registry: Registry) -> Result<(), Box<dyn Error>> {
     use std::time::Duration;
 
-    use tokio::net::lookup_host;
-    use tokio::sync::mpsc;
-    use tokio_stream::wrappers::ReceiverStream;
-    use tonic_balance::{Address, BalancedChannel};
-    use tower::discover::Change;
+    use tonic_balance::BalancedChannel;
+    use tonic_balance::channel::Dns;
 
-    fn channel(host: &'static str, port: u16) -> BalancedChannel {
-        let (sender, receiver) = mpsc::channel::<Result<Change<Address, ()>, Infallible>>(64);
-        tokio::spawn(async move {
-            let mut known: HashSet<Address> = HashSet::new();
-            while !sender.is_closed() {
-                // A failed lookup removes no endpoint.
-                if let Ok(addresses) = lookup_host((host, port)).await {
-                    let found: HashSet<Address> = addresses
-                        .filter_map(|found| found.try_into().ok())
-                        .collect();
-                    let mut changes = Vec::new();
-                    for address in found.difference(&known) {
-                        changes.push(Change::Insert(address.clone(), ()));
-                    }
-                    for address in known.difference(&found) {
-                        changes.push(Change::Remove(address.clone()));
-                    }
-                    for change in changes {
-                        if sender.send(Ok(change)).await.is_err() {
-                            return;
-                        }
-                    }
-                    known = found;
-                }
-                tokio::time::sleep(Duration::from_secs(5)).await;
-            }
-        });
-        BalancedChannel::builder()
-            .service(host)
-            .discover(ReceiverStream::new(receiver))
-            .connect_lazy()
-    }
+    let dns = Dns::new("greeter.internal:50051").interval(Duration::from_secs(5));
+    let channel = BalancedChannel::builder().source(dns).connect().await?;
+    let mut client = GreeterClient::new(channel);
+    Ok(())
 }
 
 async fn options_1(registry: Registry) -> Result<(), Box<dyn Error>> {
