@@ -21,7 +21,7 @@ use crate::attributes::Attributes;
 /// ```
 /// use tonic_balance::channel::{PickInfo, PickPolicy, ReadyEndpoints};
 ///
-/// /// Sends each call to the endpoints whose label `tenant` is the tenant of the call, and there to the one with the fewest calls in flight.
+/// /// Sends each call to the endpoints whose label `tenant` is the tenant of the call. Of these, it picks the one with the fewest calls.
 /// struct ByTenant;
 ///
 /// impl PickPolicy for ByTenant {
