@@ -111,8 +111,8 @@ impl Registry {
     /// Returns a builder for a resolver that watches the instances of a service. The watch begins with [`start`](ResolverBuilder::start).
     ///
     /// Resolvers and channels of one service share one watch and one set of instances, if they are started on the same runtime by this
-    /// registry or its clones, and have the same options. Two [filters](ResolverBuilder::filter) count as equal only if their
-    /// builders are clones of one builder.
+    /// registry or its clones, and have the same options. Two [filters](ResolverBuilder::filter) count as equal only if their builders are
+    /// clones of one builder.
     ///
     /// ```no_run
     /// # async fn run(registry: tonic_etcd::Registry) {

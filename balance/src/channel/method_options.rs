@@ -33,9 +33,9 @@ impl<S> ChannelBuilder<S> {
         self.set_method_policy(&name.into(), MethodPolicy::Retry(policy))
     }
 
-    /// Enables hedging: a slow call is sent again while the first attempt is still open, and the first response is used. Hedging
-    /// is disabled by default. Enable hedging only if every method of the channel can safely run more than once. The hedging policy
-    /// replaces the channel's [`RetryPolicy`].
+    /// Enables hedging: a slow call is sent again while the first attempt is still open, and the first response is used. Hedging is
+    /// disabled by default. Enable hedging only if every method of the channel can safely run more than once. The hedging policy replaces
+    /// the channel's [`RetryPolicy`].
     pub fn hedge(mut self, policy: HedgingPolicy) -> Self {
         self.config.methods.all().policy = Some(MethodPolicy::Hedge(policy));
         self
