@@ -16,8 +16,11 @@ pub fn provider() -> SdkMeterProvider {
     SdkMeterProvider::builder().with_reader(reader).build()
 }
 
+/// Returns a recorder in the state that it has after the first export.
 pub fn recorder(provider: &SdkMeterProvider) -> OpenTelemetry {
-    OpenTelemetry::new(provider.meter("instructions"))
+    let recorder = OpenTelemetry::new(provider.meter("instructions"));
+    provider.force_flush().expect("an exporter in memory");
+    recorder
 }
 
 /// A recorder whose handles do nothing.

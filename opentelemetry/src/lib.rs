@@ -1,5 +1,6 @@
 #![doc = include_str!("../README.md")]
 
+mod batch;
 #[cfg(feature = "tracing")]
 mod inject;
 
@@ -16,6 +17,8 @@ use opentelemetry::metrics::{self, Meter};
 use tonic_balance::metrics::{
     Counter, Histogram, Instrument, Label, Observations, Recorder, UpDownCounter,
 };
+
+use batch::Batches;
 
 #[cfg(feature = "tracing")]
 #[cfg_attr(docsrs, doc(cfg(feature = "tracing")))]
@@ -40,6 +43,7 @@ struct Instruments {
     /// The observations of each gauge: one for each channel or registry that the recorder was passed to. The SDK has one callback for each
     /// gauge, which it never removes.
     gauges: Mutex<HashMap<&'static str, Gauges>>,
+    batches: Arc<Batches>,
 }
 
 type Gauges = Arc<Mutex<Vec<Observations>>>;
@@ -48,8 +52,21 @@ impl OpenTelemetry {
     /// Creates a recorder.
     #[must_use]
     pub fn new(meter: Meter) -> Self {
+        let batches = Arc::new(Batches::default());
+        let flushed = Arc::downgrade(&batches);
+        // The SDK calls the callbacks before it collects the values. An instrument without a value is not exported. The SDK keeps the
+        // callback, so the returned handle is not needed.
+        let _ = meter
+            .u64_observable_counter("tonic_etcd.flush")
+            .with_callback(move |_| {
+                if let Some(batches) = flushed.upgrade() {
+                    batches.flush();
+                }
+            })
+            .build();
         Self(Arc::new(Instruments {
             meter,
+            batches,
             counters: Mutex::default(),
             up_down_counters: Mutex::default(),
             histograms: Mutex::default(),
@@ -143,7 +160,7 @@ impl Recorder for OpenTelemetry {
             instrument: counter,
             attributes,
         };
-        Some(Box::new(counter))
+        Some(self.0.batches.counter(counter))
     }
 
     fn up_down_counter(
@@ -181,7 +198,7 @@ impl Recorder for OpenTelemetry {
             instrument: histogram,
             attributes,
         };
-        Some(Box::new(histogram))
+        Some(self.0.batches.histogram(histogram))
     }
 
     fn gauge(&self, instrument: &'static Instrument, observations: Observations) {

@@ -16,7 +16,7 @@ use tonic::body::Body;
 use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
 use tonic_balance::BalancedChannel;
-use tonic_balance::metrics::{Metrics, instruments};
+use tonic_balance::metrics::{Kind, Metrics, Recorder, instruments};
 use tonic_etcd_opentelemetry::OpenTelemetry;
 use tower_service::Service;
 
@@ -129,4 +129,72 @@ async fn the_sdk_exports_counters_histograms_and_gauges_with_labels_and_buckets(
     assert!((point.unwrap().value() - 1.0).abs() < f64::EPSILON);
     drop(channel);
     provider.shutdown().unwrap();
+}
+
+/// Returns the number and the sum of the values of the histogram in the last export, and the value of the counter.
+fn totals(exported: &[ResourceMetrics], histogram: &str, counter: &str) -> (u64, f64, u64) {
+    let AggregatedMetrics::F64(MetricData::Histogram(values)) =
+        find(exported, histogram).unwrap().data()
+    else {
+        panic!("{histogram} is no histogram");
+    };
+    let AggregatedMetrics::U64(MetricData::Sum(sum)) = find(exported, counter).unwrap().data()
+    else {
+        panic!("{counter} is no counter");
+    };
+    (
+        values.data_points().map(|point| point.count()).sum(),
+        values.data_points().map(|point| point.sum()).sum(),
+        sum.data_points().map(|point| point.value()).sum(),
+    )
+}
+
+#[test]
+fn every_value_of_many_threads_is_exported_once_during_and_after_exports() {
+    const THREADS: u32 = 8;
+    const VALUES: u32 = 10_001;
+    let exporter = InMemoryMetricExporter::default();
+    let reader = PeriodicReader::builder(exporter.clone()).build();
+    let provider = SdkMeterProvider::builder().with_reader(reader).build();
+    let recorder = OpenTelemetry::new(provider.meter("tonic-etcd"));
+    let of_kind = |kind| instruments().iter().find(|one| one.kind() == kind).unwrap();
+    let (of_counter, of_histogram) = (of_kind(Kind::Counter), of_kind(Kind::Histogram));
+    let counter = recorder.counter(of_counter, &[]).unwrap();
+    let histogram = recorder.histogram(of_histogram, &[]).unwrap();
+
+    // Before the first export: nothing shows that exports call the recorder.
+    counter.add(1);
+    histogram.record(1.0);
+    provider.force_flush().unwrap();
+    let exported = || exporter.get_finished_metrics().unwrap();
+    let names = (of_histogram.name(), of_counter.name());
+    assert_eq!(totals(&exported(), names.0, names.1), (1, 1.0, 1));
+
+    std::thread::scope(|scope| {
+        for _ in 0..THREADS {
+            scope.spawn(|| {
+                for _ in 0..VALUES {
+                    counter.add(1);
+                    histogram.record(1.0);
+                }
+            });
+        }
+        for _ in 0..20 {
+            provider.force_flush().unwrap();
+        }
+    });
+    provider.force_flush().unwrap();
+    let all = u64::from(THREADS * VALUES) + 1;
+    let sum = f64::from(THREADS * VALUES) + 1.0;
+    assert_eq!(totals(&exported(), names.0, names.1), (all, sum, all));
+
+    // The values of a channel that is dropped before the export are not lost.
+    counter.add(1);
+    histogram.record(1.0);
+    drop((counter, histogram));
+    provider.force_flush().unwrap();
+    let exported = exported();
+    let (all, sum) = (all + 1, sum + 1.0);
+    assert_eq!(totals(&exported, names.0, names.1), (all, sum, all));
+    assert!(find(&exported, "tonic_etcd.flush").is_none());
 }
