@@ -294,7 +294,7 @@ async fn the_greeter_cluster_example_shows_a_live_picture_on_a_terminal() {
     let screen = terminal
         .until("three servers are ready", SOON, |screen| {
             let text = screen.text();
-            ready(&text) == 3 && text.contains("three servers") && !text.contains("\n0 calls/s")
+            ready(text) == 3 && text.contains("three servers") && !text.contains("\n0 calls/s")
         })
         .await;
     assert!(screen.is_alternate() && !screen.cursor_is_visible());
@@ -309,7 +309,7 @@ async fn the_greeter_cluster_example_shows_a_live_picture_on_a_terminal() {
     terminal
         .until("the fourth server is shown with its name", SOON, |screen| {
             let text = screen.text();
-            ready(&text) == 4 && text.contains("\ndelta  ")
+            ready(text) == 4 && text.contains("\ndelta  ")
         })
         .await;
     terminal

@@ -130,7 +130,11 @@ impl<H: Histogram> BatchedHistogram<H> {
             return;
         }
         // Only a flush, or another thread that shares the place, waits for this mutex.
-        let mut values = self.waiting.mine().lock().unwrap_or_else(PoisonError::into_inner);
+        let mut values = self
+            .waiting
+            .mine()
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         if values.capacity() == 0 {
             values.reserve_exact(BATCH);
         }

@@ -75,6 +75,10 @@ fn lock(screen: &Mutex<Screen>) -> MutexGuard<'_, Screen> {
 
 /// What a terminal shows, as the emulator of the crate `vt100` understands the output of the program.
 #[derive(Clone, Default)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "independent facts, which tests read one by one"
+)]
 pub struct Screen {
     text: String,
     /// Whether the alternate screen is shown, which hides earlier output.
