@@ -17,7 +17,7 @@ MSRV := 1.88.0
 FEATURE_SETS := none tls health serde testing tls,health tls,testing health,testing
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo lint features api minimal-versions msrv test test-newest interop operate soak bench bench-peers instructions fleet pictures fmt clean
+.PHONY: help setup demo lint features api minimal-versions msrv test test-newest interop operate soak bench bench-peers bench-policies instructions fleet pictures fmt clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,7 +36,7 @@ lint: setup features api ## Check formatting, lints, docs, each set of features,
 	$(CARGO) clippy --locked --workspace --all-targets --all-features -- -D warnings
 	$(CARGO) clippy --locked --test peers --test operate --all-features -- -D warnings
 	$(CARGO) clippy --locked --bench fleet --all-features -- -D warnings
-	$(CARGO) clippy --locked --bench peers --all-features -- -D warnings
+	$(CARGO) clippy --locked --bench peers --bench policies --all-features -- -D warnings
 	$(CARGO) clippy --locked --workspace --lib --no-default-features -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --workspace --no-deps --all-features
 	$(CARGO) rustc --locked --lib -p tonic-balance --all-features -- -D unused-crate-dependencies
@@ -118,6 +118,13 @@ bench-peers: setup ## Compare the channel with grpc-go and tonic-xds, if Go is i
 	@folder=$$(CARGO="$(CARGO)" scripts/setup-bench-peers) && if [ -n "$$folder" ]; then \
 		BENCH_PEERS=$$folder $(CARGO) bench --locked --bench peers -- $(PEERS); \
 	fi
+
+# The same cases on processes and in virtual time, the differences of the two, and the pictures of docs/policies.md.
+bench-policies: setup ## Compare the load-balancing policies, on processes and in a simulation, which needs Python 3
+	@mkdir -p target
+	TEST_POLICIES=1 $(CARGO) test --profile bench --locked -p tonic-balance --lib -- --nocapture --exact balance::tests::policies::the_policies_in_virtual_time > target/policies-simulated.txt
+	$(CARGO) bench --locked --bench policies | tee target/policies-processes.txt
+	benches/plot target/policies-simulated.txt target/policies-processes.txt
 
 # FLEET has the scenarios and the options: make fleet FLEET="rest restart --number 300". etcd is the one of ETCD_BIN.
 fleet: setup ## Measure what a fleet of clients and servers costs etcd

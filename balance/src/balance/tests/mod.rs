@@ -1,4 +1,5 @@
 //! Tests that involve several files of this folder.
 
+mod policies;
 mod simulation;
 mod sparse_callers;
