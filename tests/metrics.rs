@@ -369,6 +369,17 @@ async fn a_registration_reports_its_lease_and_each_loss_with_its_reason() {
     })
     .await;
     let key = registration.key().to_owned();
+    // An edit by hand is no loss: the server writes its value again.
+    let edited = r#"{"Op":0,"Addr":"127.0.0.1:80","Metadata":{"weight":7}}"#;
+    let mut kv = etcd.kv_client();
+    kv.put(key.as_str(), edited, None).await.unwrap();
+    eventually("the key has its lease again", async || {
+        let read = kv.clone().get(key.as_str(), None).await.unwrap();
+        read.kvs().first().is_some_and(|kv| kv.lease() != 0)
+    })
+    .await;
+    assert_eq!(registered(), Some(1.0));
+    assert_eq!(measured.losses("removed", "a.Lease"), 1);
     let value = r#"{"Op":0,"Addr":"127.0.0.1:81"}"#;
     etcd.kv_client().put(key, value, None).await.unwrap();
     eventually("the loss to another server is counted", async || {
