@@ -395,6 +395,30 @@ async fn a_registration_reports_its_lease_and_each_loss_with_its_reason() {
     eventually("the gauge has ended", async || registered().is_none()).await;
 }
 
+/// An alert on the gauge must fire, although nothing updates the state of the registration any more.
+#[tokio::test]
+async fn a_registration_whose_runtime_has_ended_is_exported_as_not_registered() {
+    let measured = Measured::new().await;
+    let builder = measured.registry.registration("a.Aborted");
+    let builder = builder.address("127.0.0.1:80").ttl(TTL);
+    let states = builder.watch_state();
+    let mut runtime = tokio::runtime::Builder::new_multi_thread();
+    let runtime = runtime.worker_threads(1).enable_all().build().unwrap();
+    let registration = runtime.spawn(builder.register()).await.unwrap().unwrap();
+    let registered = || measured.registration("registered", "a.Aborted");
+    assert_eq!(registered(), Some(1.0));
+    runtime.shutdown_background();
+    eventually("the task has ended", async || {
+        matches!(*states.borrow(), RegistrationState::Aborted)
+    })
+    .await;
+    assert_eq!(registered(), Some(0.0));
+    let remaining = measured.registration("lease_remaining", "a.Aborted");
+    assert_eq!(remaining, Some(0.0));
+    drop(registration);
+    eventually("the gauge has ended", async || registered().is_none()).await;
+}
+
 /// `docs/metrics.md` has one row for each instrument, with its kind, unit, labels and default.
 #[test]
 fn the_page_describes_every_instrument() {

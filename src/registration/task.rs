@@ -99,14 +99,10 @@ impl Task {
         entry: Entry,
         inbox: mpsc::Receiver<Request>,
         states: watch::Sender<RegistrationState>,
+        metrics: Option<Arc<RegistrationMetrics>>,
         budget: Duration,
     ) -> Self {
         let has_leave_marker = entry.has_leave_marker();
-        // A status has no metrics: they would be those of a server without a name.
-        let metrics = etcd.metrics().filter(|_| !entry.is_status);
-        let metrics = metrics.map(|metrics| {
-            RegistrationMetrics::start(metrics, &entry.services, states.subscribe())
-        });
         Self {
             machine: Machine::new(
                 entry.ttl.lowest(),
