@@ -12,7 +12,7 @@ use super::diff::diff;
 use crate::connection;
 use crate::control_keys::ControlKeys;
 use crate::error::{Failure, code};
-use crate::escape::{escaped, escaped_bytes};
+use crate::escape::{escaped, escaped_bytes, escaped_json};
 use crate::options::Options;
 use crate::output::Output;
 
@@ -215,12 +215,12 @@ fn parse(value: &[u8]) -> Result<(), String> {
     }
 }
 
-/// Formats a value on several lines. A value that is not JSON is escaped.
+/// Formats a value on several lines, as JSON that can be edited and written again. A value that is not JSON is escaped.
 fn pretty(value: &[u8]) -> String {
     let parsed = serde_json::from_slice::<Value>(value);
     let pretty = parsed.and_then(|value| serde_json::to_string_pretty(&value));
     match pretty {
-        Ok(pretty) => pretty.lines().map(|line| escaped(line) + "\n").collect(),
+        Ok(pretty) => escaped_json(&pretty) + "\n",
         Err(_) => escaped_bytes(value) + "\n",
     }
 }

@@ -71,11 +71,21 @@ async fn a_config_that_clients_would_reject_is_not_written() {
     let bad = run(&etcd, &["config", "get", SERVICE]).await;
     assert_eq!(bad.code, Some(1), "{bad:?}");
     assert!(bad.stdout.contains("\\u{1b}[2J{"), "{bad:?}");
-    kv.put(KEY, r#"{"healthCheckConfig":{"serviceName":"a"}}"#, None)
-        .await
-        .unwrap();
+    let hidden = "{\"healthCheckConfig\":{\"serviceName\":\"a\u{200d}\u{9b}31m\u{7f}\u{e0041}\"}}";
+    kv.put(KEY, hidden, None).await.unwrap();
     let good = run(&etcd, &["config", "check", SERVICE]).await;
     assert_eq!(good.code, Some(0), "{good:?}");
+    // The output can be edited and written again, and cannot control the terminal.
+    let expected: serde_json::Value = serde_json::from_str(hidden).unwrap();
+    let read = run(&etcd, &["config", "get", SERVICE]).await;
+    let shown: serde_json::Value = serde_json::from_str(&read.stdout).unwrap();
+    assert_eq!(shown, expected);
+    let json = run(&etcd, &["--json", "config", "get", SERVICE]).await;
+    assert_eq!(json.json()[0]["config"], expected);
+    for output in [read.stdout, json.stdout] {
+        assert!(output.contains("a\\u200d\\u009b31m\\u007f\\udb40\\udc41"), "{output}");
+        assert!(output.is_ascii(), "{output}");
+    }
     let usage = run(&etcd, &["config", "get", "a/b"]).await;
     assert_eq!(usage.code, Some(2), "{usage:?}");
 }
