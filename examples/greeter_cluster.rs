@@ -66,22 +66,29 @@ async fn main() -> Result<ExitCode, Error> {
             outcome.map_err(Error::from).and_then(|outcome| outcome)
         }
         // Without a picture, the signals have their default effect.
-        code = interrupted(), if display.is_live() => code,
+        code = interrupted(&display), if display.is_live() => code,
     };
     // Before an error is printed.
     display.close();
     outcome
 }
 
-/// Waits for SIGINT, SIGTERM or SIGHUP. Returns the exit code of a shell's command that the signal has ended.
-async fn interrupted() -> Result<ExitCode, Error> {
+/// Waits for SIGINT, SIGTERM, SIGHUP or SIGQUIT. Returns the exit code of a shell's command that the signal has ended.
+/// After SIGTSTP (Ctrl-Z), the terminal is restored until the program is continued.
+async fn interrupted(display: &Display) -> Result<ExitCode, Error> {
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
     let mut hangup = signal(SignalKind::hangup())?;
-    let number = tokio::select! {
-        _ = interrupt.recv() => 2,
-        _ = terminate.recv() => 15,
-        _ = hangup.recv() => 1,
+    let mut quit = signal(SignalKind::quit())?;
+    let mut stop = signal(SignalKind::from_raw(nix::libc::SIGTSTP))?;
+    let number = loop {
+        tokio::select! {
+            _ = interrupt.recv() => break 2,
+            _ = terminate.recv() => break 15,
+            _ = hangup.recv() => break 1,
+            _ = quit.recv() => break 3,
+            _ = stop.recv() => display.suspend(),
+        }
     };
     Ok(ExitCode::from(128 + number))
 }

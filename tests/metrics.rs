@@ -369,6 +369,17 @@ async fn a_registration_reports_its_lease_and_each_loss_with_its_reason() {
     })
     .await;
     let key = registration.key().to_owned();
+    // An edit by hand is no loss: the server writes its value again.
+    let edited = r#"{"Op":0,"Addr":"127.0.0.1:80","Metadata":{"weight":7}}"#;
+    let mut kv = etcd.kv_client();
+    kv.put(key.as_str(), edited, None).await.unwrap();
+    eventually("the key has its lease again", async || {
+        let read = kv.clone().get(key.as_str(), None).await.unwrap();
+        read.kvs().first().is_some_and(|kv| kv.lease() != 0)
+    })
+    .await;
+    assert_eq!(registered(), Some(1.0));
+    assert_eq!(measured.losses("removed", "a.Lease"), 1);
     let value = r#"{"Op":0,"Addr":"127.0.0.1:81"}"#;
     etcd.kv_client().put(key, value, None).await.unwrap();
     eventually("the loss to another server is counted", async || {
@@ -380,6 +391,30 @@ async fn a_registration_reports_its_lease_and_each_loss_with_its_reason() {
         measured.registration("lease_remaining", "a.Lease"),
         Some(0.0)
     );
+    drop(registration);
+    eventually("the gauge has ended", async || registered().is_none()).await;
+}
+
+/// An alert on the gauge must fire, although nothing updates the state of the registration any more.
+#[tokio::test]
+async fn a_registration_whose_runtime_has_ended_is_exported_as_not_registered() {
+    let measured = Measured::new().await;
+    let builder = measured.registry.registration("a.Aborted");
+    let builder = builder.address("127.0.0.1:80").ttl(TTL);
+    let states = builder.watch_state();
+    let mut runtime = tokio::runtime::Builder::new_multi_thread();
+    let runtime = runtime.worker_threads(1).enable_all().build().unwrap();
+    let registration = runtime.spawn(builder.register()).await.unwrap().unwrap();
+    let registered = || measured.registration("registered", "a.Aborted");
+    assert_eq!(registered(), Some(1.0));
+    runtime.shutdown_background();
+    eventually("the task has ended", async || {
+        matches!(*states.borrow(), RegistrationState::Aborted)
+    })
+    .await;
+    assert_eq!(registered(), Some(0.0));
+    let remaining = measured.registration("lease_remaining", "a.Aborted");
+    assert_eq!(remaining, Some(0.0));
     drop(registration);
     eventually("the gauge has ended", async || registered().is_none()).await;
 }

@@ -94,6 +94,29 @@ async fn servers_are_drained_and_resumed_by_an_operator_without_a_failed_call() 
     .await;
 }
 
+/// Otherwise, clients would call a server that is out of service, and its key would remain for ever after its end.
+#[tokio::test]
+async fn a_key_that_is_written_by_hand_neither_returns_a_drained_server_nor_outlives_it() {
+    let world = World::new().await;
+    let operator = Operator(client(&world.etcd).await);
+    let (server, address) = world.start(controlled(&world)).await;
+    let draining = operator.put(&address, r#"{"state":"draining"}"#).await;
+    operator.reports(&address, "paused", draining).await;
+    let key = format!("/gRPC/greeter/{address}");
+    let value = format!(r#"{{"Op":0,"Addr":"{address}"}}"#);
+    let mut kv = operator.0.kv_client();
+    kv.put(key.as_str(), value.as_str(), None).await.unwrap();
+    eventually("the key is deleted", async || {
+        list(&operator.0, &key).await.is_empty()
+    })
+    .await;
+    operator.reports(&address, "paused", draining).await;
+    // The server may end before it has seen the put.
+    kv.put(key.as_str(), value.as_str(), None).await.unwrap();
+    server.stopped().await.unwrap();
+    assert_eq!(list(&operator.0, &key).await, []);
+}
+
 #[tokio::test]
 async fn a_weight_is_replaced_a_bad_value_is_reported_and_a_deletion_restores_the_options() {
     let world = World::new().await;

@@ -19,7 +19,7 @@ use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use support::program::{example, line_with, lines, signal};
-use support::pty::Terminal;
+use support::pty::{Screen, Terminal, until_stopped};
 use support::{SOON, client, etcd, eventually, list};
 use tokio::time::timeout;
 use tonic_etcd::testing::{Etcd, ProcessError};
@@ -359,6 +359,47 @@ async fn ctrl_c_restores_the_terminal_of_the_greeter_cluster_example() {
     // The line begins in the first column again, although the full picture has left the cursor in another one.
     let text = screen.text();
     assert!(text.lines().any(|line| line.starts_with("etcd ")), "{text}");
+}
+
+#[tokio::test]
+async fn the_greeter_cluster_example_restores_the_terminal_at_a_stop_a_quit_and_a_hangup() {
+    let start = async || {
+        let mut command = example("greeter_cluster");
+        command.env_remove("ETCD_ENDPOINTS");
+        let (child, terminal) = Terminal::spawn(command, 80, 24);
+        terminal
+            .until("the picture", SOON, |screen| {
+                screen.is_alternate() && screen.text().contains("\nSERVER")
+            })
+            .await;
+        (child, terminal)
+    };
+    let (mut child, terminal) = start().await;
+    signal(&child, Signal::SIGTSTP);
+    until_stopped(&child, SOON).await;
+    let is_restored = |screen: &Screen| !screen.is_alternate() && screen.cursor_is_visible();
+    terminal
+        .until("the terminal is restored", SOON, is_restored)
+        .await;
+    signal(&child, Signal::SIGCONT);
+    terminal
+        .until("the picture is back", SOON, |screen| {
+            screen.is_alternate() && screen.text().contains("\nSERVER")
+        })
+        .await;
+    signal(&child, Signal::SIGQUIT);
+    let status = timeout(SOON, child.wait()).await.unwrap().unwrap();
+    assert_eq!(status.code(), Some(131));
+    terminal
+        .until("the terminal is restored", SOON, is_restored)
+        .await;
+
+    // The lines after the picture cannot be written any more.
+    let (mut child, terminal) = start().await;
+    terminal.close();
+    signal(&child, Signal::SIGHUP);
+    let status = timeout(SOON, child.wait()).await.unwrap().unwrap();
+    assert_eq!(status.code(), Some(129));
 }
 
 /// The program of the next test: it shows a picture and panics.

@@ -419,6 +419,64 @@ async fn a_value_written_by_hand_while_the_server_leaves_does_not_outlive_it() {
     }
 }
 
+/// A format without a leave marker has no put that would detect the edit.
+#[tokio::test]
+async fn a_value_written_by_hand_does_not_outlive_a_server_whose_format_has_no_leave_marker() {
+    let etcd = etcd().await;
+    let registry = registry(&etcd).await;
+    let by_hand = client(&etcd).await;
+    let plain = || describe(&registry).format(Format::Plain);
+    let edit = async |key: &str| {
+        let mut kv = by_hand.kv_client();
+        kv.put(key, "127.0.0.1:80", None).await.unwrap();
+    };
+    for _ in 0..10 {
+        let registration = plain().register().await.unwrap();
+        edit(registration.key()).await;
+        registration.deregister().await.unwrap();
+        assert_eq!(list(&by_hand, "/").await, []);
+    }
+    for _ in 0..10 {
+        let registration = plain().additional_service("other").register();
+        let registration = registration.await.unwrap();
+        let keys: Vec<_> = registration.keys().map(str::to_owned).collect();
+        edit(&keys[1]).await;
+        registration.deregister_service("other").await.unwrap();
+        assert_eq!(list(&by_hand, &keys[1]).await, []);
+        edit(&keys[1]).await;
+        within(
+            SOON,
+            "the key of the removed service is deleted",
+            async || list(&by_hand, &keys[1]).await.is_empty(),
+        )
+        .await;
+        registration.deregister().await.unwrap();
+        assert_eq!(list(&by_hand, "/").await, []);
+    }
+}
+
+#[tokio::test]
+async fn a_value_written_by_hand_during_a_pause_is_deleted() {
+    let etcd = etcd().await;
+    let registry = registry(&etcd).await;
+    let by_hand = client(&etcd).await;
+    let registration = register(&registry).await;
+    registration.pause().await.unwrap();
+    let value = r#"{"Op":0,"Addr":"127.0.0.1:80"}"#;
+    let mut kv = by_hand.kv_client();
+    kv.put(registration.key(), value, None).await.unwrap();
+    within(SOON, "the key is deleted", async || {
+        list(&by_hand, "/").await.is_empty()
+    })
+    .await;
+    assert!(matches!(registration.state(), RegistrationState::Paused));
+    // The key of another server is not deleted.
+    let other = r#"{"Op":0,"Addr":"127.0.0.1:81"}"#;
+    kv.put(registration.key(), other, None).await.unwrap();
+    registration.deregister().await.unwrap();
+    assert_eq!(list(&by_hand, "/").await[0].1, other);
+}
+
 /// All services of a registration have one set of attributes.
 #[tokio::test]
 async fn a_value_written_by_hand_changes_all_services_of_the_registration() {

@@ -128,7 +128,13 @@ async fn the_status_as_json_has_documented_fields() {
     let _dead = dead.register().await.unwrap();
     let mut kv = client(&world.etcd).await.kv_client();
     kv.put("/gRPC/greeter/broken", "{", None).await.unwrap();
-    let channel = world.registry.channel("greeter").connect_lazy();
+    let config = "/gRPC.control/greeter/config";
+    kv.put(config, r#"{"methodConfig":[]}"#, None)
+        .await
+        .unwrap();
+    let channel = world.registry.channel("greeter");
+    let channel = channel.map_source(|resolver| resolver.watch_service_config("/gRPC.control/"));
+    let channel = channel.connect_lazy();
     let status = || serde_json::to_value(channel.status().unwrap()).unwrap();
     eventually("everything is known", async || {
         let json = status();
@@ -139,6 +145,7 @@ async fn the_status_as_json_has_documented_fields() {
         known.contains(&"READY".into())
             && known.contains(&"TRANSIENT_FAILURE".into())
             && json["rejected"].as_array().unwrap().len() == 1
+            && json["service_config"]["revision"].is_i64()
     })
     .await;
     let status = status();
@@ -160,6 +167,12 @@ async fn the_status_as_json_has_documented_fields() {
     assert!(status["resolver"]["revision"].is_i64(), "{status}");
     assert_eq!(names(&status["rejected"][0]), "key reason revision");
     assert_eq!(status["rejected"][0]["key"], "/gRPC/greeter/broken");
+    // The service config itself is in etcd.
+    assert_eq!(
+        names(&status["service_config"]),
+        "key last_error rejected revision"
+    );
+    assert_eq!(status["service_config"]["key"], config);
     let endpoints = status["endpoints"].as_array().unwrap();
     let at = |address: &str| {
         let mut endpoints = endpoints.iter();

@@ -26,6 +26,7 @@ Exit codes:
   3  etcd is unreachable, or has rejected a request
   4  a server did not respond or did not confirm in time
   5  the operating system rejected an operation
+  6  another writer has changed the key; nothing was written
 `register` exits with the code of its child: 128 + n after signal n, 126 or 127 if the child cannot be started.";
 
 #[derive(Debug, Subcommand)]
@@ -69,13 +70,13 @@ pub(crate) enum Command {
 )]
 pub(crate) struct ServerTls {
     /// Use TLS to the servers, and verify them against this CA certificate (PEM file).
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", group = "server_roots")]
     pub(crate) server_cacert: Option<std::path::PathBuf>,
     /// Use TLS to the servers, and verify them against the root certificates of the system.
-    #[arg(long, conflicts_with = "server_cacert")]
+    #[arg(long, group = "server_roots")]
     pub(crate) server_tls: bool,
     /// The name in the certificates of the servers. `call` needs it: the addresses come from etcd, so their hosts prove nothing.
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", requires = "server_roots")]
     pub(crate) server_name: Option<String>,
 }
 

@@ -212,10 +212,9 @@ async fn write(client: &Client, key: &str, change: Change) -> Result<i64, Failur
                 .map_or(0, etcd_client::ResponseHeader::revision));
         }
     }
-    Err(Failure::new(
-        crate::error::code::ETCD,
-        format!("cannot {what}: other writers changed the key {WRITE_ATTEMPTS} times; try again"),
-    ))
+    Err(Failure::conflict(format!(
+        "cannot {what}: other writers changed the key {WRITE_ATTEMPTS} times; try again"
+    )))
 }
 
 const WRITE_ATTEMPTS: usize = 5;

@@ -20,6 +20,8 @@ pub(crate) mod code {
     pub(crate) const TIMED_OUT: u8 = 4;
     /// The operating system rejected an operation.
     pub(crate) const LOCAL: u8 = 5;
+    /// Another writer has changed the key.
+    pub(crate) const CONFLICT: u8 = 6;
     /// The child of `register` cannot be executed, as in a shell.
     pub(crate) const CANNOT_EXECUTE: u8 = 126;
     /// The child of `register` does not exist, as in a shell.
@@ -43,6 +45,10 @@ impl Failure {
 
     pub(crate) fn negative(message: impl Into<String>) -> Self {
         Self::new(code::NEGATIVE, message)
+    }
+
+    pub(crate) fn conflict(message: impl Into<String>) -> Self {
+        Self::new(code::CONFLICT, message)
     }
 
     pub(crate) fn usage(message: impl Into<String>) -> Self {

@@ -4,6 +4,8 @@ use std::io::{self, Write};
 
 use serde::Serialize;
 
+use crate::escape::escaped_json;
+
 /// Writes results to stdout, as text or as JSON.
 #[derive(Debug)]
 pub(crate) struct Output {
@@ -28,11 +30,9 @@ impl Output {
         self.write(format!("{line}\n").as_bytes())
     }
 
-    /// Writes a value as JSON on one line, so that a reader can parse a stream of values line by line. serde escapes control characters.
+    /// Writes a value as JSON on one line, so that a reader can parse a stream of values line by line. External text is escaped as JSON does.
     pub(crate) fn json(&mut self, value: &impl Serialize) -> io::Result<()> {
-        let mut line = serde_json::to_vec(value)?;
-        line.push(b'\n');
-        self.write(&line)
+        self.line(&escaped_json(&serde_json::to_string(value)?))
     }
 
     pub(crate) fn write(&mut self, bytes: &[u8]) -> io::Result<()> {

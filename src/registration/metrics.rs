@@ -11,7 +11,8 @@ use crate::metrics::{
     GaugeSource, Instrument, LEASE_REMAINING, LOSSES, Label, Metrics, REASON, REGISTERED, SERVICE,
 };
 
-/// The instruments of one registration. The gauges are read until the value is dropped.
+/// The instruments of one registration. The gauges are read until the registration has ended, and the value is dropped.
+#[derive(Debug)]
 pub(super) struct RegistrationMetrics {
     metrics: Metrics,
     /// The services. One empty name for an exact key, because the key may contain the address of the server.
@@ -63,6 +64,8 @@ impl GaugeSource for RegistrationMetrics {
             RegistrationState::Registered { expires, .. } => {
                 Some(expires.saturating_duration_since(Instant::now()))
             }
+            // The server has ended on purpose. A handle of the registration can keep this value.
+            RegistrationState::Deregistered => return,
             _ => None,
         };
         let value = if std::ptr::eq(instrument, &raw const REGISTERED) {

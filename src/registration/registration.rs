@@ -10,6 +10,7 @@ use tonic_balance::Address;
 use tracing::Instrument;
 
 use super::entry::{Entry, check_weight};
+use super::metrics::RegistrationMetrics;
 use super::status::RegistrationState;
 use super::task::{Answer, Failure, PausedBy, Request, Task};
 use crate::error::RegisterError;
@@ -51,6 +52,9 @@ pub(super) struct Parts {
     endpoints: Vec<String>,
     change_timeout: Duration,
     states: watch::Receiver<RegistrationState>,
+    /// The instruments, if metrics are enabled. They are kept here as well as in the task, so that a task that has panicked, or whose runtime
+    /// has ended, is exported as not registered. Without them, the gauges would vanish, and no alert would fire.
+    _metrics: Option<Arc<RegistrationMetrics>>,
 }
 
 /// The data from which the handles of a registration are created.
@@ -73,12 +77,18 @@ impl Registration {
         let services = entry.services.iter().cloned();
         let services = services.chain(std::iter::repeat(String::new()));
         let keys = entry.keys.iter().map(ToString::to_string);
+        // A status has no metrics: they would be those of a server without a name.
+        let metrics = etcd.metrics().filter(|_| !entry.is_status);
+        let metrics = metrics.map(|metrics| {
+            RegistrationMetrics::start(metrics, &entry.services, states.subscribe())
+        });
         let parts = Parts {
             keys: keys.zip(services).collect(),
             entry: entry.clone(),
             endpoints: etcd.endpoints(),
             change_timeout,
             states: states.subscribe(),
+            _metrics: metrics.clone(),
         };
         let registration = Self {
             parts: Arc::new(parts),
@@ -86,7 +96,7 @@ impl Registration {
         };
         let span = tracing::info_span!("registration", key = registration.key());
         let run = async move |etcd| {
-            let task = Task::new(etcd, entry, inbox, states, change_timeout);
+            let task = Task::new(etcd, entry, inbox, states, metrics, change_timeout);
             // The future is boxed because the futures of the etcd client are large.
             Box::pin(task.run().instrument(span)).await;
         };

@@ -19,7 +19,8 @@ pub enum RegistrationState {
         /// The last failure, if any.
         last_error: Option<EtcdError>,
     },
-    /// The key is in etcd under the registration's lease. Each renewal of the lease changes this state.
+    /// The key is in etcd under the registration's lease. Each renewal of the lease changes this state. A value of this server that was
+    /// written by hand, without a lease, counts as well: it is overwritten under the lease at once.
     #[non_exhaustive]
     Registered {
         /// The lease that the key is attached to.

@@ -99,14 +99,10 @@ impl Task {
         entry: Entry,
         inbox: mpsc::Receiver<Request>,
         states: watch::Sender<RegistrationState>,
+        metrics: Option<Arc<RegistrationMetrics>>,
         budget: Duration,
     ) -> Self {
         let has_leave_marker = entry.has_leave_marker();
-        // A status has no metrics: they would be those of a server without a name.
-        let metrics = etcd.metrics().filter(|_| !entry.is_status);
-        let metrics = metrics.map(|metrics| {
-            RegistrationMetrics::start(metrics, &entry.services, states.subscribe())
-        });
         Self {
             machine: Machine::new(
                 entry.ttl.lowest(),
@@ -158,10 +154,12 @@ impl Task {
         // Once a deregistration has begun, no further request is received.
         let listening = self.give_up.is_none();
         if let Command::Wait { until } = command {
-            let watched = matches!(
-                self.machine.phase(Instant::now()),
-                Phase::Registered { .. } | Phase::Superseded(_)
-            );
+            let watched = match self.machine.phase(Instant::now()) {
+                Phase::Registered { .. } | Phase::Superseded(_) => true,
+                // A value that is written by hand would return a paused server to its clients.
+                Phase::Paused => self.machine.has_written(),
+                _ => false,
+            };
             let expires = self
                 .machine
                 .expires()
@@ -429,11 +427,11 @@ async fn execute(
             machine.on_granted(lease, answer, sent, Instant::now());
         }
         Command::Read { deadline } => {
-            let live: Vec<_> = machine.live().collect();
-            let answer = etcd.read_each(&entry.keys(&live), deadline).await;
+            let read = machine.reads();
+            let answer = etcd.read_each(&entry.keys(&read), deadline).await;
             let found = answer.map(|(header, kvs)| {
                 machine.on_term(header.raft_term);
-                for (index, kv) in live.iter().zip(&kvs) {
+                for (index, kv) in read.iter().zip(&kvs) {
                     if let Some(kv) = kv
                         && entry.is_by_hand(*index, kv)
                         && machine.accepts_edit(*index)
@@ -442,7 +440,7 @@ async fn execute(
                         machine.on_new_value();
                     }
                 }
-                entry.found(&live, kvs)
+                entry.found(&read, kvs)
             });
             machine.on_read(found, Instant::now());
         }
@@ -461,19 +459,13 @@ async fn execute(
             leave_marker,
             deadline,
         } => {
-            let mut is_changed = lease == LeaseId::NONE;
             if let Some(expected) = leave_marker {
                 let puts = entry.guarded_puts(&[Put { index, expected }], true, lease);
-                // The leave marker is best effort, so an error of this put is ignored.
-                let marked = etcd.put_if(&puts, deadline.min(LEAVE_MARKER_MAX)).await;
-                is_changed = matches!(marked, Ok(None));
+                // The leave marker is best effort, so the result of this put is ignored.
+                let _ = etcd.put_if(&puts, deadline.min(LEAVE_MARKER_MAX)).await;
             }
-            let answer = if is_changed {
-                delete_changed(etcd, entry, index, machine.lease_id(), deadline).await
-            } else {
-                etcd.delete_if(&entry.keys[index], lease, None, deadline)
-                    .await
-            };
+            let own = machine.lease_id();
+            let answer = delete(etcd, entry, index, (lease, own), deadline).await;
             machine.on_deleted(index, answer, Instant::now());
         }
         Command::Renew {
@@ -492,24 +484,32 @@ async fn execute(
     }
 }
 
-/// Deletes a key whose value was changed by another writer, if it still belongs to the registration: an operator has written it by hand, or it
-/// is attached to the lease of the registration.
-async fn delete_changed(
+/// Deletes a key if it is attached to `lease`. Then deletes it if it still belongs to the registration: an operator has written it by hand,
+/// without a lease, or it is attached to the current lease `own`. The format may have no leave marker, so only a read finds such a value.
+async fn delete(
     etcd: &Etcd,
     entry: &Entry,
     index: usize,
-    own: Option<LeaseId>,
+    (lease, own): (LeaseId, Option<LeaseId>),
     deadline: Duration,
 ) -> Result<(), EtcdError> {
     let key = &entry.keys[index];
-    let (_, found) = etcd.read_once(key, deadline).await?;
-    match found {
-        Some(kv) if Some(kv.lease) == own || entry.is_by_hand(index, &kv) => {
-            etcd.delete_if(key, kv.lease, Some(kv.mod_revision), deadline)
-                .await
-        }
-        _ => Ok(()),
+    if lease != LeaseId::NONE {
+        etcd.delete_if(key, lease, None, deadline).await?;
     }
+    let (_, found) = etcd.read_once(key, deadline).await?;
+    let Some(kv) = found else {
+        return Ok(());
+    };
+    let is_by_hand = entry.is_by_hand(index, &kv);
+    if !is_by_hand && Some(kv.lease) != own {
+        return Ok(());
+    }
+    if is_by_hand {
+        tracing::warn!(%key, "the key was written by hand without a lease, and is deleted, because the server is not registered");
+    }
+    etcd.delete_if(key, kv.lease, Some(kv.mod_revision), deadline)
+        .await
 }
 
 /// Returns the TTL to request. `servers` is the largest number of servers that was counted before.

@@ -3,17 +3,27 @@
 use std::fs::File;
 use std::io::Read;
 use std::num::NonZeroU16;
+use std::os::fd::AsFd;
 use std::process::Stdio;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::pty::{Winsize, openpty};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::Pid;
 use tokio::process::{Child, Command};
 use tokio::time::{Instant, sleep};
 use vt100::{Callbacks, Color, Parser};
 
-/// A pseudo-terminal with one program.
-pub struct Terminal(Arc<Mutex<Screen>>);
+/// A pseudo-terminal with one program. The terminal is closed when the value is dropped.
+pub struct Terminal {
+    screen: Arc<Mutex<Screen>>,
+    is_open: Arc<AtomicBool>,
+    reader: Option<JoinHandle<()>>,
+}
 
 impl Terminal {
     /// Starts a program whose standard streams are a new terminal.
@@ -38,15 +48,39 @@ impl Terminal {
         let screen = Arc::new(Mutex::new(Screen::default()));
         let shared = Arc::clone(&screen);
         let mut master = File::from(pty.master);
-        // The thread ends when the program has closed the terminal. The read then fails.
-        std::thread::spawn(move || {
+        let is_open = Arc::new(AtomicBool::new(true));
+        let opened = Arc::clone(&is_open);
+        // The thread also ends when the program has closed the terminal. The read then fails.
+        let reader = std::thread::spawn(move || {
             let mut buffer = [0; 4_096];
-            while let Ok(read @ 1..) = master.read(&mut buffer) {
+            while opened.load(Ordering::SeqCst) {
+                let mut readable = [PollFd::new(master.as_fd(), PollFlags::POLLIN)];
+                // A signal can interrupt the wait.
+                if !matches!(poll(&mut readable, PollTimeout::from(20_u8)), Ok(1..)) {
+                    continue;
+                }
+                let Ok(read @ 1..) = master.read(&mut buffer) else {
+                    break;
+                };
                 parser.process(&buffer[..read]);
                 lock(&shared).update(parser.screen());
             }
         });
-        (child, Self(screen))
+        let terminal = Self {
+            screen,
+            is_open,
+            reader: Some(reader),
+        };
+        (child, terminal)
+    }
+
+    /// Closes the terminal, as a lost connection does: the writes of the program fail. Only the leader of a session gets SIGHUP from the
+    /// system, and a shell passes it on.
+    pub fn close(mut self) {
+        self.is_open.store(false, Ordering::SeqCst);
+        if let Some(reader) = self.reader.take() {
+            reader.join().unwrap();
+        }
     }
 
     /// Waits until the screen satisfies a condition, and returns it. Panics with the screen after `limit`.
@@ -58,7 +92,7 @@ impl Terminal {
     ) -> Screen {
         let start = Instant::now();
         loop {
-            let screen = lock(&self.0).clone();
+            let screen = lock(&self.screen).clone();
             if condition(&screen) {
                 return screen;
             }
@@ -66,6 +100,29 @@ impl Terminal {
             assert!(waited < limit, "{what}:\n{}", screen.text());
             sleep(Duration::from_millis(20)).await;
         }
+    }
+}
+
+impl Drop for Terminal {
+    fn drop(&mut self) {
+        self.is_open.store(false, Ordering::SeqCst);
+    }
+}
+
+/// Waits until a program is stopped, and panics after `limit`.
+pub async fn until_stopped(child: &Child, limit: Duration) {
+    let id = Pid::from_raw(i32::try_from(child.id().unwrap()).unwrap());
+    let start = Instant::now();
+    let flags = WaitPidFlag::WUNTRACED | WaitPidFlag::WNOHANG;
+    loop {
+        match waitpid(id, Some(flags)).unwrap() {
+            WaitStatus::Stopped(..) => return,
+            WaitStatus::StillAlive => {}
+            status => panic!("{status:?}"),
+        }
+        let waited = Instant::now().saturating_duration_since(start);
+        assert!(waited < limit, "the program is not stopped");
+        sleep(Duration::from_millis(20)).await;
     }
 }
 

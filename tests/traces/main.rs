@@ -22,8 +22,9 @@ use support::greeter::greeter_server::GreeterServer;
 use support::greeter::{HelloRequest, NamedGreeter};
 use support::script::{Act, Server};
 use support::{SOON, all_ready, etcd, eventually, hello};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
+use tokio_stream::StreamExt;
 use tokio_stream::wrappers::{TcpListenerStream, UnboundedReceiverStream};
 use tonic::{Code, Request};
 use tonic_etcd::channel::{Attributes, ChannelBuilder, HedgingPolicy};
@@ -276,6 +277,96 @@ async fn a_hedge_that_loses_is_cancelled() {
         ("ERROR CANCELLED".to_owned(), "0", true),
         ("OK".to_owned(), "1", true),
     ];
+    assert_eq!(shown.collect::<Vec<_>>(), expected);
+}
+
+/// A server whose only connection is closed in the test.
+struct Closing {
+    address: String,
+    close: oneshot::Sender<()>,
+    closed: oneshot::Receiver<()>,
+}
+
+impl Closing {
+    async fn start() -> Self {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let (close, mut closing) = oneshot::channel();
+        let (ended, closed) = oneshot::channel();
+        tokio::spawn(async move {
+            let (socket, _) = listener.accept().await.unwrap();
+            let mut connection = h2::server::handshake(socket).await.unwrap();
+            tokio::select! {
+                _ = &mut closing => {}
+                call = connection.accept() => panic!("{call:?}"),
+            }
+            connection.graceful_shutdown();
+            // Ends once the client has answered the PING that follows the GOAWAY.
+            while connection.accept().await.is_some() {}
+            ended.send(()).unwrap();
+        });
+        Self {
+            address,
+            close,
+            closed,
+        }
+    }
+
+    /// Closes the connection, and waits until the client has received the GOAWAY.
+    async fn close(self) {
+        self.close.send(()).unwrap();
+        timeout(SOON, self.closed).await.unwrap().unwrap();
+    }
+}
+
+/// An item of a source: an endpoint, or a stop of the driver, which reads the source. The driver stops until the sender is dropped.
+enum Item {
+    Endpoint(String, u32),
+    Stop(oneshot::Sender<()>, std::sync::mpsc::Receiver<()>),
+}
+
+/// Between the end of a connection and its removal by the driver, a hedge can pick this connection.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hedge_that_no_connection_accepts_is_unavailable() {
+    let root = Root::new();
+    let (failing, closing) = (Server::always(DOWN).await, Closing::start().await);
+    let (items, source) = mpsc::unbounded_channel();
+    let source = UnboundedReceiverStream::new(source).filter_map(|item| match item {
+        Item::Endpoint(address, weight) => {
+            let attributes = Attributes::new().with_weight(weight);
+            let change = Change::Insert(address.parse::<Address>().unwrap(), attributes);
+            Some(Ok::<_, Infallible>(change))
+        }
+        Item::Stop(stopped, until) => {
+            tokio::task::block_in_place(|| {
+                stopped.send(()).unwrap();
+                let _ = until.recv();
+            });
+            None
+        }
+    });
+    let policy = HedgingPolicy::new(2, SOON);
+    let channel = traced().discover(source).hedge(policy).connect_lazy();
+    // The first attempt is sent to the failing server.
+    for (address, weight) in [(&failing.address, 1_000_000), (&closing.address, 1)] {
+        let item = Item::Endpoint(address.clone(), weight);
+        assert!(items.send(item).is_ok());
+    }
+    all_ready(&channel, 2).await;
+    let ((stopped, is_stopped), (_resume, until)) =
+        (oneshot::channel(), std::sync::mpsc::channel());
+    assert!(items.send(Item::Stop(stopped, until)).is_ok());
+    timeout(SOON, is_stopped).await.unwrap().unwrap();
+    closing.close().await;
+    assert_eq!(say(&channel, &root).await, Err(Code::Unavailable));
+    let (call, attempts) = root.call();
+    assert_eq!(call.status(), "ERROR UNAVAILABLE");
+    let shown = attempts.iter().map(|attempt| {
+        let previous = attempt.field("previous-rpc-attempts");
+        (attempt.status(), previous, attempt.is_closed)
+    });
+    let unavailable = "ERROR UNAVAILABLE".to_owned();
+    let expected = [(unavailable.clone(), "0", true), (unavailable, "1", true)];
     assert_eq!(shown.collect::<Vec<_>>(), expected);
 }
 

@@ -148,6 +148,13 @@ impl Hedging {
     /// Sends a hedge to an endpoint that the call has not used. Does nothing if no such endpoint is ready: a hedge does not wait.
     fn send_another(&mut self) -> Result<(), Status> {
         self.next = None;
+        let sent = self.try_others();
+        // If no connection has accepted the hedge, its span is still open. It must not become the span of a later attempt.
+        self.conclusion.call.end_unsent_span(Code::Unavailable);
+        sent
+    }
+
+    fn try_others(&mut self) -> Result<(), Status> {
         while self.may_send() {
             let Conclusion { core, call, .. } = &self.conclusion;
             let snapshot = core.shared().snapshot(&call.pick_key, SCAN_LIMIT);

@@ -38,7 +38,7 @@ impl Observations {
     }
 
     /// Reads the current values. Values of several sources with the same labels, such as two channels of one target, become one value:
-    /// their sum, or for the units `{bool}` and `s` their minimum.
+    /// their sum, or for the units `{bool}`, `s` and `{revision}` their minimum.
     #[must_use]
     pub fn read(&self) -> Vec<Observation> {
         Self::read_all(std::slice::from_ref(self))
@@ -57,7 +57,8 @@ impl Observations {
         }
         let mut values = BTreeMap::<Vec<(&'static str, String)>, f64>::new();
         for (instrument, source) in sources {
-            let is_minimum = matches!(instrument.unit(), "{bool}" | "s");
+            // A sum of these values has no meaning.
+            let is_minimum = matches!(instrument.unit(), "{bool}" | "s" | "{revision}");
             source.observe(instrument, &mut |labels, value| {
                 let labels = labels.iter().map(|(name, value)| (*name, (*value).into()));
                 let merge = |known: &mut f64| {
@@ -104,5 +105,46 @@ impl fmt::Debug for Observations {
         f.debug_struct("Observations")
             .field("instrument", &self.instrument.name())
             .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::metrics::Kind;
+
+    struct Fixed(f64);
+
+    impl GaugeSource for Fixed {
+        fn observe(&self, _: &'static Instrument, observe: &mut dyn FnMut(&[Label<'_>], f64)) {
+            observe(&[("grpc.target", "a")], self.0);
+        }
+    }
+
+    const fn gauge(unit: &'static str) -> Instrument {
+        Instrument::new(Kind::Gauge, "test", unit, "A test.", &["grpc.target"])
+    }
+
+    #[test]
+    fn numbers_of_two_sources_are_added_and_for_other_values_the_minimum_is_exported() {
+        static CALLS: Instrument = gauge("{call}");
+        static BOOL: Instrument = gauge("{bool}");
+        static SECONDS: Instrument = gauge("s");
+        static REVISION: Instrument = gauge("{revision}");
+        let sources: [Arc<dyn GaugeSource>; 2] = [Arc::new(Fixed(40.0)), Arc::new(Fixed(2.0))];
+        for (instrument, expected) in [
+            (&CALLS, 42.0),
+            (&BOOL, 2.0),
+            (&SECONDS, 2.0),
+            (&REVISION, 2.0),
+        ] {
+            let observations = Observations::new(instrument);
+            for source in &sources {
+                observations.add(Arc::downgrade(source));
+            }
+            let read = observations.read();
+            let values: Vec<_> = read.iter().map(|observation| observation.value).collect();
+            assert_eq!(values, [expected], "{}", instrument.unit());
+        }
     }
 }

@@ -19,7 +19,7 @@ use super::codec::DynamicCodec;
 use super::{load, reflection};
 use crate::connection;
 use crate::error::{Failure, code};
-use crate::escape::escaped;
+use crate::escape::{escaped, escaped_json};
 use crate::options::Options;
 use crate::output::Output;
 use crate::probe::millis;
@@ -56,7 +56,7 @@ pub(crate) async fn run(
         Ok(response) => {
             output.line(&format!("{server} responded in {}", millis(elapsed)))?;
             let text = serde_json::to_string_pretty(&response).map_err(std::io::Error::from)?;
-            output.line(&text)?;
+            output.line(&escaped_json(&text))?;
         }
         Err(status) => {
             return Err(Failure::new(

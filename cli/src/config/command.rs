@@ -11,8 +11,8 @@ use super::arguments::{CheckArguments, ConfigCommand, Guard, SetArguments};
 use super::diff::diff;
 use crate::connection;
 use crate::control_keys::ControlKeys;
-use crate::error::{Failure, code};
-use crate::escape::{escaped, escaped_bytes};
+use crate::error::Failure;
+use crate::escape::{escaped, escaped_bytes, escaped_json};
 use crate::options::Options;
 use crate::output::Output;
 
@@ -144,8 +144,9 @@ async fn replace(
 ) -> Result<ExitCode, Failure> {
     let read_at = stored.revision();
     if let Some(expected) = guard.revision.filter(|expected| *expected != read_at) {
-        return Err(Failure::negative(format!(
-            "the key has the revision {read_at}, and not {expected}: another writer has changed it"
+        return Err(Failure::conflict(format!(
+            "the key {:?} has the revision {read_at}, and not {expected}: another writer has changed it",
+            escaped(&stored.key)
         )));
     }
     let old = stored.value.as_ref().map(|(value, _)| pretty(value));
@@ -164,20 +165,19 @@ async fn replace(
         return report("not written (--dry-run)", read_at, stored, output);
     }
     let key = stored.key.as_str();
-    let what = format!("write {:?}", escaped(key));
-    let (operation, done) = match new {
-        Some(new) => (TxnOp::put(key, new, None), "written"),
-        None => (TxnOp::delete(key, None), "deleted"),
+    let (operation, verb, done) = match new {
+        Some(new) => (TxnOp::put(key, new, None), "write", "written"),
+        None => (TxnOp::delete(key, None), "delete", "deleted"),
     };
+    let what = format!("{verb} {:?}", escaped(key));
     let unchanged = Compare::mod_revision(key, CompareOp::Equal, read_at);
     let transaction = Txn::new().when([unchanged]).and_then([operation]);
     let answer = client.kv_client().txn(transaction).await;
     let answer = answer.map_err(|error| Failure::of_etcd(&what, &error))?;
     if !answer.succeeded() {
-        return Err(Failure::new(
-            code::ETCD,
-            format!("cannot {what}: another writer has changed the key meanwhile; try again"),
-        ));
+        return Err(Failure::conflict(format!(
+            "cannot {what}: another writer has changed the key meanwhile; try again"
+        )));
     }
     let header = answer.header();
     let revision = header.map_or(0, etcd_client::ResponseHeader::revision);
@@ -215,12 +215,12 @@ fn parse(value: &[u8]) -> Result<(), String> {
     }
 }
 
-/// Formats a value on several lines. A value that is not JSON is escaped.
+/// Formats a value on several lines, as JSON that can be edited and written again. A value that is not JSON is escaped.
 fn pretty(value: &[u8]) -> String {
     let parsed = serde_json::from_slice::<Value>(value);
     let pretty = parsed.and_then(|value| serde_json::to_string_pretty(&value));
     match pretty {
-        Ok(pretty) => pretty.lines().map(|line| escaped(line) + "\n").collect(),
+        Ok(pretty) => escaped_json(&pretty) + "\n",
         Err(_) => escaped_bytes(value) + "\n",
     }
 }

@@ -3,6 +3,8 @@
 use std::io::{self, IsTerminal, StdoutLock, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use nix::sys::signal::{Signal, raise};
+use nix::unistd::{getpid, getsid};
 use terminal_size::{Height, Width, terminal_size};
 
 use super::line::Canvas;
@@ -77,6 +79,21 @@ impl Screen {
         }
     }
 
+    /// Stops the process until SIGCONT, for example after Ctrl-Z. Meanwhile, the terminal is restored for the shell. Does nothing in a process
+    /// that a shell cannot continue, because it leads its session.
+    pub(crate) fn suspend(&self) {
+        if getsid(None) == Ok(getpid()) {
+            return;
+        }
+        let was_shown = restore(self.shown);
+        // The process has a handler for SIGTSTP, so that signal does not stop it any more.
+        let _ = raise(Signal::SIGSTOP);
+        let mut stdout = io::stdout().lock();
+        if was_shown && !self.shown.swap(true, Ordering::SeqCst) {
+            write(&mut stdout, ENTER);
+        }
+    }
+
     /// Closes the alternate screen. The earlier output and the cursor are visible again.
     pub(crate) fn restore(&self) {
         restore(self.shown);
@@ -89,11 +106,14 @@ impl Drop for Screen {
     }
 }
 
-fn restore(shown: &AtomicBool) {
+/// Returns whether the picture was on the screen.
+fn restore(shown: &AtomicBool) -> bool {
     let mut stdout = io::stdout().lock();
-    if shown.swap(false, Ordering::SeqCst) {
+    let was_shown = shown.swap(false, Ordering::SeqCst);
+    if was_shown {
         write(&mut stdout, LEAVE);
     }
+    was_shown
 }
 
 /// Writes at once, so that no half of a picture is visible. A failed write to the terminal does not fail the program.

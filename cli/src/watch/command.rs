@@ -54,9 +54,12 @@ pub(crate) async fn run(
     };
     let mut live = Live::new(screen, &arguments.service);
     let outcome = draw(resolver, &prefix, interrupts, dial, &mut live).await;
-    // Before an error is printed. The lines remain visible after the view.
+    // Before an error is printed. The lines remain visible after the view. After a hangup, they cannot be written. This must not replace the
+    // outcome.
     for line in live.close() {
-        output.line(&line)?;
+        if output.line(&line).is_err() {
+            break;
+        }
     }
     outcome
 }
@@ -101,7 +104,8 @@ async fn print_lines(
     }
 }
 
-/// Draws the live view until SIGINT. SIGTERM and SIGHUP end it as well, because the terminal must be restored.
+/// Draws the live view until SIGINT. SIGTERM, SIGHUP and SIGQUIT (`Ctrl-\`) end it as well, and SIGTSTP (Ctrl-Z) suspends it, because the
+/// terminal must be restored.
 async fn draw(
     mut resolver: Resolver,
     prefix: &str,
@@ -111,6 +115,8 @@ async fn draw(
 ) -> Result<ExitCode, Failure> {
     let mut terminations = listen(SignalKind::terminate())?;
     let mut hangups = listen(SignalKind::hangup())?;
+    let mut quits = listen(SignalKind::quit())?;
+    let mut stops = listen(SignalKind::from_raw(nix::libc::SIGTSTP))?;
     let mut statuses = resolver.watch_status();
     let mut changes = Changes::default();
     let mut checks: JoinSet<(Address, Probe)> = JoinSet::new();
@@ -147,6 +153,11 @@ async fn draw(
             _ = interrupts.recv() => return Ok(ExitCode::SUCCESS),
             _ = terminations.recv() => return Ok(ExitCode::from(code::SIGNAL + 15)),
             _ = hangups.recv() => return Ok(ExitCode::from(code::SIGNAL + 1)),
+            _ = quits.recv() => return Ok(ExitCode::from(code::SIGNAL + 3)),
+            _ = stops.recv() => {
+                live.suspend();
+                live.draw();
+            }
         }
     }
 }

@@ -85,6 +85,11 @@ impl Live {
         self.screen.draw(&frame(&picture, canvas));
     }
 
+    /// Restores the terminal, and stops the process until it is continued.
+    pub(super) fn suspend(&self) {
+        self.screen.suspend();
+    }
+
     /// Restores the terminal, and returns the latest lines.
     pub(super) fn close(self) -> impl Iterator<Item = String> {
         self.screen.restore();

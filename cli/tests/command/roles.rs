@@ -39,6 +39,11 @@ async fn protect(etcd: &Etcd) {
         let permission = Permission::new(kind, prefix).with_prefix();
         root.role_grant_permission(role, permission).await.unwrap();
     }
+    // A single key.
+    for (role, kind) in [("client", Read), ("operator", Readwrite)] {
+        let permission = Permission::new(kind, format!("{control}config"));
+        root.role_grant_permission(role, permission).await.unwrap();
+    }
     root.auth_enable().await.unwrap();
 }
 
@@ -119,13 +124,38 @@ async fn an_operator_controls_a_server_and_clients_may_only_read() {
     let listed = run_as(&etcd, "operator", &["--json", "ls", SERVICE]).await;
     assert_eq!(listed.json()[0]["weight"], 3, "{listed:?}");
 
-    // A client reads neither control keys nor status keys. A server reads them, and writes only its status.
+    // A client reads neither the control keys of servers nor status keys. A server reads them, and writes only its status.
     for user in ["client", "server"] {
         let key = format!("/gRPC.control/{SERVICE}/");
         denied(&etcd, user, &["weight", SERVICE, &address, "5"], &key).await;
     }
     drop(stop);
     serving.await.unwrap();
+}
+
+#[tokio::test]
+async fn an_operator_writes_the_service_config_and_clients_may_only_read_it() {
+    let etcd = etcd().await;
+    protect(&etcd).await;
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("config.json");
+    std::fs::write(&file, r#"{"methodConfig":[{"name":[{}],"timeout":"1s"}]}"#).unwrap();
+    let file = file.to_str().unwrap();
+    let key = format!("/gRPC.control/{SERVICE}/config");
+    let set = &["config", "set", SERVICE, file];
+    denied(&etcd, "client", set, &format!("write {key:?}")).await;
+    let written = run_as(&etcd, "operator", set).await;
+    assert_eq!(written.code, Some(0), "{written:?}");
+    for user in ["client", "operator"] {
+        let read = run_as(&etcd, user, &["config", "get", SERVICE]).await;
+        assert_eq!(read.code, Some(0), "{user}: {read:?}");
+    }
+    let rm = &["config", "rm", SERVICE];
+    denied(&etcd, "client", rm, &format!("delete {key:?}")).await;
+    // A server has no permission for the key.
+    denied(&etcd, "server", &["config", "get", SERVICE], &key).await;
+    let removed = run_as(&etcd, "operator", rm).await;
+    assert_eq!(removed.code, Some(0), "{removed:?}");
 }
 
 #[tokio::test]

@@ -82,7 +82,12 @@ pub(crate) async fn run(etcd: &Etcd, arguments: &[&str]) -> Outcome {
 }
 
 pub(crate) async fn outcome(mut command: Command) -> Outcome {
-    let output = timeout(SOON, command.output()).await;
+    outcome_of(command.spawn().unwrap()).await
+}
+
+/// Waits until a running command exits.
+pub(crate) async fn outcome_of(child: Child) -> Outcome {
+    let output = timeout(SOON, child.wait_with_output()).await;
     let output = output.expect("the command must exit").unwrap();
     Outcome {
         code: output.status.code(),

@@ -19,6 +19,12 @@ async fn wrong_arguments_have_exit_code_2() {
         &["--endpoints", "http://", "services"],
         &["--cert", "x", "services"],
         &["weight", SERVICE, "a", "0"],
+        // Without TLS, the name has no effect.
+        &["ls", SERVICE, "--check", "--server-name", "a"],
+        &["doctor", "--server-name", "a"],
+        &["watch", SERVICE, "--check", "--server-name", "a"],
+        &["call", SERVICE, "Check", "--server-name", "a"],
+        &["ls", SERVICE, "--server-tls", "--server-cacert", "a"],
         &["nonsense"],
     ] {
         let failed = outcome(bare(arguments)).await;

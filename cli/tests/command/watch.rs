@@ -3,7 +3,7 @@
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-use super::pty::Terminal;
+use super::pty::{Screen, Terminal, until_stopped};
 use super::support::{
     SERVICE, SOON, code, command, dead_address, etcd, grpc_server, line_with, lines, register,
     signal,
@@ -112,20 +112,60 @@ async fn watch_shows_a_live_view_on_a_terminal() {
     assert!(!screen.text().contains("ADDRESS"), "{}", screen.text());
 }
 
+fn is_restored(screen: &Screen) -> bool {
+    !screen.is_alternate() && screen.cursor_is_visible()
+}
+
+fn is_live(screen: &Screen) -> bool {
+    screen.is_alternate() && !screen.cursor_is_visible() && screen.text().contains("0 instances")
+}
+
 #[tokio::test]
-async fn sigterm_restores_the_terminal_of_watch() {
+async fn sigterm_and_sigquit_restore_the_terminal_of_watch() {
+    let etcd = etcd().await;
+    for (ending, expected) in [(Signal::SIGTERM, 143), (Signal::SIGQUIT, 131)] {
+        let (mut watch, terminal) = Terminal::spawn(command(&etcd, &["watch", SERVICE]), 80, 24);
+        terminal.until("the view", SOON, is_live).await;
+        signal(&watch, ending);
+        assert_eq!(code(&mut watch).await, Some(expected));
+        terminal
+            .until("the terminal is restored", SOON, is_restored)
+            .await;
+    }
+}
+
+/// The shell needs the terminal while the command is stopped.
+#[tokio::test]
+async fn a_stop_restores_the_terminal_of_watch_until_it_is_continued() {
     let etcd = etcd().await;
     let (mut watch, terminal) = Terminal::spawn(command(&etcd, &["watch", SERVICE]), 80, 24);
+    for _ in 0..2 {
+        terminal.until("the view", SOON, is_live).await;
+        signal(&watch, Signal::SIGTSTP);
+        until_stopped(&watch, SOON).await;
+        terminal
+            .until("the terminal is restored", SOON, is_restored)
+            .await;
+        signal(&watch, Signal::SIGCONT);
+    }
+    terminal.until("the view", SOON, is_live).await;
+    signal(&watch, Signal::SIGINT);
+    assert_eq!(code(&mut watch).await, Some(0));
+}
+
+/// The lines after the view cannot be written any more.
+#[tokio::test]
+async fn a_hangup_of_the_terminal_ends_watch_with_the_code_of_the_signal() {
+    let etcd = etcd().await;
+    let address = dead_address().await;
+    let _registration = register(&etcd, address).await;
+    let (mut watch, terminal) = Terminal::spawn(command(&etcd, &["watch", SERVICE]), 80, 24);
     terminal
-        .until("the view", SOON, |screen| {
-            screen.text().contains("0 instances")
+        .until("the event", SOON, |screen| {
+            screen.text().contains(&format!(" + {address} "))
         })
         .await;
-    signal(&watch, Signal::SIGTERM);
-    assert_eq!(code(&mut watch).await, Some(143));
-    let restored =
-        |screen: &super::pty::Screen| !screen.is_alternate() && screen.cursor_is_visible();
-    terminal
-        .until("the terminal is restored", SOON, restored)
-        .await;
+    terminal.close();
+    signal(&watch, Signal::SIGHUP);
+    assert_eq!(code(&mut watch).await, Some(129));
 }

@@ -1,5 +1,6 @@
 //! Shows the cluster: as a live picture if standard output is a terminal, and otherwise as plain lines.
 
+use std::io::Write;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -104,6 +105,13 @@ impl Display {
         }
     }
 
+    /// Removes the picture, and stops the process until it is continued.
+    pub fn suspend(&self) {
+        if let Some(live) = &self.0 {
+            live.screen.suspend();
+        }
+    }
+
     /// Removes the picture, and prints the lines.
     pub fn close(self) {
         let Some(live) = self.0 else {
@@ -111,8 +119,10 @@ impl Display {
         };
         live.drawing.abort();
         live.screen.restore();
+        let mut stdout = std::io::stdout().lock();
         for line in std::mem::take(&mut lock(&live.state).lines) {
-            println!("{line}");
+            // After a hangup, the terminal does not exist. `println` would panic.
+            let _ = writeln!(stdout, "{line}");
         }
     }
 }

@@ -7,7 +7,7 @@ use tokio::time::Instant;
 use super::machine::{
     Found, GRANTED_KEPT, Machine, OPERATOR_WAIT, SUPERSEDED_READ, TTL_MAX, VERIFY_INTERVAL,
 };
-use super::state::{AfterRevoke, Claim, Lease, Removal, State, Value, WatchState};
+use super::state::{Claim, Lease, Removal, State, Value, WatchState};
 use crate::backoff::jittered;
 use crate::error::{EtcdError, EtcdErrorKind};
 use crate::keyspace::{Event, KeepAlive, KeyValue, LeaseId, Revision};
@@ -74,15 +74,8 @@ impl Machine {
         answer: Result<Vec<Found>, EtcdError>,
         now: Instant,
     ) {
-        if matches!(self.state, State::Leaving { .. }) {
-            // Best effort, as the leave marker: an error does not delay the revoke.
-            self.changed_while_leaving = false;
-            for found in answer.into_iter().flatten() {
-                if let Some(entry) = self.keys.get_mut(found.index) {
-                    entry.by_hand = found.by_hand && entry.claim == Claim::Made;
-                }
-            }
-            return;
+        if matches!(self.state, State::Leaving { .. } | State::Paused) {
+            return self.on_searched(answer);
         }
         let found = match answer {
             Ok(found) => found,
@@ -110,6 +103,12 @@ impl Machine {
         let Some(entry) = self.keys.get_mut(found.index) else {
             return;
         };
+        if !entry.is_live() {
+            if found.by_hand && entry.claim == Claim::Made {
+                entry.remove_by_hand();
+            }
+            return;
+        }
         // The event of a loss may also be on its way. The watch is then opened again without need, which is harmless.
         let is_own = |kv: &KeyValue| Some(kv.lease) == lease || self.granted.contains(&kv.lease);
         let is_lost = entry.held.is_some() && !found.kv.as_ref().is_some_and(is_own);
@@ -179,8 +178,9 @@ impl Machine {
             for put in self.puts() {
                 self.keys[put.index].held = None;
             }
-            self.changed_while_leaving |= matches!(answer, Ok(None));
-            let more = answer.is_ok() && self.live_entries().any(|entry| entry.held.is_some());
+            // A key was changed, perhaps by hand.
+            self.search |= matches!(answer, Ok(None));
+            let more = answer.is_ok() && self.holds_keys();
             if let State::Leaving { leave_marker, .. } = &mut self.state {
                 *leave_marker = more;
             }
@@ -213,7 +213,7 @@ impl Machine {
         }
     }
 
-    /// Handles the result of a delete. A key that is attached to another lease counts as deleted.
+    /// Handles the result of a delete. A key of another server counts as deleted.
     pub(in crate::registration) fn on_deleted(
         &mut self,
         index: usize,
@@ -227,13 +227,8 @@ impl Machine {
                     entry.by_hand = false;
                     entry.mark_lost();
                 }
-                if let State::Leaving { next, .. } = self.state
-                    && self.has_nothing_to_remove()
-                {
-                    self.on_removed(next);
-                }
+                self.end_removal();
             }
-            Err(error) if matches!(self.state, State::Leaving { .. }) => self.failed(error, now),
             Err(error) => {
                 let again = self.schedule_retry(error, now);
                 if let Some(entry) = self.keys.get_mut(index) {
@@ -352,7 +347,7 @@ impl Machine {
         answer: Result<(), EtcdError>,
         now: Instant,
     ) {
-        let State::Leaving { next, .. } = self.state else {
+        if !matches!(self.state, State::Leaving { .. }) {
             match answer {
                 Ok(()) => {
                     self.unrevoked.pop();
@@ -362,7 +357,7 @@ impl Machine {
                 Err(error) => self.revoke_at = self.schedule_retry(error, now),
             }
             return;
-        };
+        }
         if let Err(error) = answer {
             return self.failed(error, now);
         }
@@ -374,20 +369,10 @@ impl Machine {
             self.unrevoked.pop();
         }
         if self.unrevoked.is_empty() {
-            self.on_removed(next);
+            // A value may have been written by hand between the first read and the revoke.
+            self.search = self.has_written();
+            self.end_removal();
         }
-    }
-
-    pub(super) fn on_removed(&mut self, next: AfterRevoke) {
-        self.lose_lease();
-        for entry in &mut self.keys {
-            entry.foreign = None;
-        }
-        self.last_error = None;
-        self.state = match next {
-            AfterRevoke::Pause => State::Paused,
-            AfterRevoke::Deregister => State::Deregistered,
-        };
     }
 
     /// Handles an event of the watch on a key.
@@ -454,6 +439,7 @@ impl Machine {
         match self.state {
             State::Registered => self.state = State::Reading,
             State::Superseded => self.not_before = None,
+            State::Paused => self.search = self.has_written(),
             _ => {}
         }
     }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::state::{AfterRevoke, Claim, KeyEntry, Lease, Removal, State, Value, WatchState};
+use super::state::{Claim, KeyEntry, Lease, Removal, State, Value, WatchState};
 use crate::backoff::Backoff;
 use crate::error::EtcdError;
 use crate::keyspace::{KeyValue, LeaseId, Revision};
@@ -16,7 +16,7 @@ use crate::keyspace::{KeyValue, LeaseId, Revision};
 pub(in crate::registration) enum Command {
     /// Grant this lease. The result is passed to [`Machine::on_granted`].
     Grant { lease: LeaseId, deadline: Duration },
-    /// Read the keys of [`Machine::live`] linearizably. The result is passed to [`Machine::on_read`].
+    /// Read the keys of [`Machine::reads`] linearizably. The result is passed to [`Machine::on_read`].
     Read { deadline: Duration },
     /// In one transaction, put the value under the keys of [`Machine::puts`]. If `leaving` is set, the value contains the leave marker, a
     /// field that tells clients that the server is leaving. The transaction writes nothing unless each key has its expected mod revision.
@@ -26,8 +26,9 @@ pub(in crate::registration) enum Command {
         leaving: bool,
         deadline: Duration,
     },
-    /// Delete this key if it is attached to this lease, or, with [`LeaseId::NONE`], if it has no lease. If `leave_marker` is set, first write the leave marker, on the condition that the
-    /// key still has the given mod revision. The result of the delete is passed to [`Machine::on_deleted`].
+    /// Delete this key if it is attached to this lease, or if it has no lease and the address of the registration. With [`LeaseId::NONE`],
+    /// only the second condition applies. If `leave_marker` is set, first write the leave marker, on the condition that the key still has
+    /// the given mod revision. The result of the delete is passed to [`Machine::on_deleted`].
     Delete {
         index: usize,
         lease: LeaseId,
@@ -65,9 +66,9 @@ pub(in crate::registration) struct Machine {
     /// The raft term of the last linearizable read, or of a later renewal.
     pub(super) term: u64,
     pub(super) keys: Vec<KeyEntry>,
-    /// Whether the put of the leave marker has shown that a key was changed. The keys are then read again, to find those that were written
-    /// by hand: the revoke does not delete them.
-    pub(super) changed_while_leaving: bool,
+    /// In the states `Leaving` and `Paused`: whether the keys must be read, to find values that were written by hand. Such a value has no
+    /// lease, so the revoke does not delete it, and it would remain for ever after the end of the server.
+    pub(super) search: bool,
     pub(super) watch_state: WatchState,
     /// Whether a renewal or the watch has failed since the last successful renewal.
     pub(super) disturbed: bool,
@@ -131,7 +132,7 @@ impl Machine {
             granted: Vec::new(),
             term: 0,
             keys: vec![KeyEntry::NEW; keys],
-            changed_while_leaving: false,
+            search: false,
             watch_state: WatchState::Closed,
             disturbed: false,
             has_leave_marker,
@@ -143,8 +144,9 @@ impl Machine {
         }
     }
 
-    /// Returns the phase. `Registered` means that every key is known to exist under the registration's lease, and that the lease cannot
-    /// have expired yet. If one of the keys belongs to another server, the phase is `Superseded`, even if all other keys are registered.
+    /// Returns the phase. `Registered` means that clients find every key: it is known to exist under the registration's lease, or with a
+    /// value of this server that was written by hand and is about to be overwritten. It also means that the lease cannot have expired yet.
+    /// If one of the keys belongs to another server, the phase is `Superseded`, even if all other keys are registered.
     pub(in crate::registration) fn phase(&self, now: Instant) -> Phase {
         match self.state {
             State::Leaving { .. } => return Phase::Leaving,
@@ -157,9 +159,7 @@ impl Machine {
         }
         // While the machine reads the keys again or puts a new value, the old value stays in etcd, so the phase does not change.
         match &self.lease {
-            Some(lease)
-                if self.live_entries().all(|entry| entry.held.is_some()) && now < lease.expires =>
-            {
+            Some(lease) if self.live_entries().all(KeyEntry::is_present) && now < lease.expires => {
                 Phase::Registered {
                     lease: lease.id,
                     expires: lease.expires,
@@ -184,6 +184,21 @@ impl Machine {
     pub(in crate::registration) fn live(&self) -> impl Iterator<Item = usize> {
         let live = |(index, entry): (usize, &KeyEntry)| entry.is_live().then_some(index);
         self.keys.iter().enumerate().filter_map(live)
+    }
+
+    /// Returns the indexes of the keys of the next [`Command::Read`]: the keys that the registration has written, also those of removed
+    /// services, and, while the server must be registered, the other live keys.
+    pub(in crate::registration) fn reads(&self) -> Vec<usize> {
+        let is_out = matches!(self.state, State::Leaving { .. } | State::Paused);
+        let is_read = |entry: &KeyEntry| entry.claim == Claim::Made || entry.is_live() && !is_out;
+        let keys = self.keys.iter().enumerate();
+        keys.filter_map(|(index, entry)| is_read(entry).then_some(index))
+            .collect()
+    }
+
+    /// Returns whether the registration has written a key.
+    pub(in crate::registration) fn has_written(&self) -> bool {
+        self.keys.iter().any(|entry| entry.claim == Claim::Made)
     }
 
     /// Returns the puts of the next [`Command::Put`], at most 100.
@@ -221,7 +236,7 @@ impl Machine {
     /// Returns whether a value that was written by hand applies. Before the registration has written the key, such a value is from an
     /// earlier run of the server. A server that leaves uses no new value.
     pub(in crate::registration) fn accepts_edit(&self, index: usize) -> bool {
-        let is_claimed = |entry: &KeyEntry| entry.claim == Claim::Made;
+        let is_claimed = |entry: &KeyEntry| entry.claim == Claim::Made && entry.is_live();
         !matches!(self.state, State::Leaving { .. }) && self.keys.get(index).is_some_and(is_claimed)
     }
 
@@ -232,14 +247,18 @@ impl Machine {
 
     /// Handles a value with the registration's own address and without a lease: an operator has edited the value by hand, for example with
     /// `etcdctl put`, which detaches the key from its lease. The key is written again, under the lease. Otherwise, it would remain for ever
-    /// after the end of the server.
+    /// after the end of the server. If the server is paused, or the service of the key is removed, the key is deleted instead.
     /// Returns whether the machine has accepted the value. In other states than `Registered`, a later read finds it.
     pub(in crate::registration) fn on_put_by_hand(&mut self, index: usize, kv: &KeyValue) -> bool {
         let Some(entry) = self.keys.get_mut(index) else {
             return false;
         };
         let is_newer = entry.held.is_none_or(|held| kv.mod_revision > held);
-        if !entry.is_live() || !is_newer || entry.claim == Claim::Open {
+        if !is_newer || entry.claim == Claim::Open {
+            return false;
+        }
+        if !entry.is_live() {
+            entry.remove_by_hand();
             return false;
         }
         match self.state {
@@ -254,82 +273,10 @@ impl Machine {
                 entry.by_hand = true;
                 self.register();
             }
+            State::Leaving { .. } | State::Paused => entry.by_hand = true,
             _ => {}
         }
         false
-    }
-
-    /// Removes one key for good. The removal of the last live key ends the registration.
-    pub(in crate::registration) fn on_remove(&mut self, index: usize) {
-        if self.live().eq([index]) {
-            return self.begin_removal(AfterRevoke::Deregister);
-        }
-        if let Some(entry) = self.keys.get_mut(index) {
-            if entry.removal == Removal::None {
-                entry.removal = Removal::Requested;
-            }
-            // Without a current or earlier lease, no key of this registration exists.
-            if self.lease.is_none() && self.unrevoked.is_empty() && !entry.by_hand {
-                entry.mark_lost();
-            }
-        }
-    }
-
-    /// Removes the keys until [`on_resume`](Self::on_resume).
-    pub(in crate::registration) fn on_pause(&mut self) {
-        self.begin_removal(AfterRevoke::Pause);
-    }
-
-    /// Restores the keys after a pause.
-    pub(in crate::registration) fn on_resume(&mut self) {
-        if matches!(
-            self.state,
-            State::Paused
-                | State::Leaving {
-                    next: AfterRevoke::Pause,
-                    ..
-                }
-        ) {
-            // A revoke of the lease may be in flight, so the registration continues with a new lease. That revoke may also be lost, so the
-            // old lease is revoked again later, once the keys are attached to the new lease.
-            self.record_unrevoked();
-            self.lose_lease();
-            self.register();
-        }
-    }
-
-    /// Removes the keys for good.
-    pub(in crate::registration) fn on_deregister(&mut self) {
-        self.begin_removal(AfterRevoke::Deregister);
-    }
-
-    fn begin_removal(&mut self, next: AfterRevoke) {
-        let (leave_marker, next) = match self.state {
-            State::Deregistered => return,
-            // A pause must not turn a deregistration into a pause: a resume would then register a server that has stopped.
-            State::Leaving {
-                leave_marker,
-                next: AfterRevoke::Deregister,
-            } => (leave_marker, AfterRevoke::Deregister),
-            State::Leaving { leave_marker, .. } => (leave_marker, next),
-            _ => {
-                let is_known = self.live_entries().any(|entry| entry.held.is_some());
-                (self.has_leave_marker && is_known, next)
-            }
-        };
-        self.not_before = None;
-        self.state = State::Leaving { leave_marker, next };
-        if self.has_nothing_to_remove() {
-            self.on_removed(next);
-        }
-    }
-
-    /// Returns whether no key of this registration exists: there is no current or earlier lease, and no key that was written by hand. A
-    /// grant whose response was lost may leave a lease in etcd, but no key is attached to that lease.
-    pub(super) fn has_nothing_to_remove(&self) -> bool {
-        self.lease.is_none()
-            && self.unrevoked.is_empty()
-            && !self.keys.iter().any(|entry| entry.by_hand)
     }
 
     /// Records the lease for a later revoke, which also deletes the keys that are still attached to it.
@@ -358,8 +305,8 @@ pub(super) const DEADLINE_MAX: Duration = Duration::from_secs(2);
 /// Maximum TTL that is accepted from etcd. No registration requests a longer TTL, so a longer TTL in a response is a fault of the store,
 /// and is capped.
 pub(super) const TTL_MAX: Duration = Duration::from_secs(24 * 60 * 60);
-/// Maximum timeout of the request that writes the leave marker. The marker is best effort, and the revoke that follows needs most of the
-/// deregister timeout.
+/// Maximum timeout of the request that writes the leave marker, and of the reads that find values that were written by hand. These
+/// requests are best effort, and the revoke needs most of the deregister timeout.
 pub(in crate::registration) const LEAVE_MARKER_MAX: Duration = Duration::from_millis(500);
 /// Maximum wait between attempts while etcd rejects the credentials or denies the permission.
 pub(super) const OPERATOR_WAIT: Duration = Duration::from_secs(30);

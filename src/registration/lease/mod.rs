@@ -23,6 +23,7 @@
 mod answers;
 mod machine;
 mod next_command;
+mod removal;
 mod state;
 
 pub(super) use machine::{Command, Found, LEAVE_MARKER_MAX, Machine, Phase, Put};

@@ -5,15 +5,17 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::machine::{Command, DEADLINE_MAX, LEAVE_MARKER_MAX, Machine};
-use super::state::{KeyEntry, Removal, State};
+use super::state::{Removal, State};
 use crate::keyspace::LeaseId;
 
 impl Machine {
     /// Returns the next command.
     pub(in crate::registration) fn command(&self, now: Instant) -> Command {
         let deadline = self.deadline();
-        if let State::Leaving { leave_marker, .. } = self.state {
-            return self.leave(leave_marker, now);
+        match self.state {
+            State::Leaving { leave_marker, .. } => return self.leave(leave_marker, now),
+            State::Paused => return self.leave(false, now),
+            _ => {}
         }
         if let Some(lease) = &self.lease
             && self.keeps_lease()
@@ -30,40 +32,20 @@ impl Machine {
             .filter(|_| self.keeps_lease())
             .map(|lease| lease.renew_at);
         if let Some(not_before) = self.not_before.filter(|not_before| *not_before > now)
-            && !matches!(
-                self.state,
-                State::Superseded | State::Paused | State::Deregistered
-            )
+            && !matches!(self.state, State::Superseded | State::Deregistered)
         {
             return Command::Wait {
                 until: earliest(Some(not_before), renew_at),
             };
         }
-        let is_due = |at: Option<Instant>| at.is_none_or(|at| at <= now);
-        let due = |entry: &KeyEntry| entry.removal == Removal::Requested && is_due(entry.delete_at);
-        // While an earlier lease is not revoked, a key to be deleted may still be attached to it. A delete affects only a key that is
-        // attached to the current lease, so the earlier lease is revoked first.
-        if let Some(index) = self.keys.iter().position(due)
-            && let Some(lease) = &self.lease
-            && self.unrevoked.is_empty()
-        {
-            let entry = &self.keys[index];
-            return Command::Delete {
-                index,
-                lease: if entry.by_hand {
-                    LeaseId::NONE
-                } else {
-                    lease.id
-                },
-                leave_marker: entry.held.filter(|_| self.has_leave_marker),
-                deadline,
-            };
+        if let Some(delete) = self.delete_removed(now) {
+            return delete;
         }
         // In these states, no live key needs an earlier lease: each live key is attached to the current lease, or belongs to another
         // server. So an earlier lease can be revoked. The revoke deletes the keys that are still attached to that earlier lease.
         if let (State::Registered | State::Superseded, Some(lease)) =
             (self.state, self.unrevoked.last())
-            && is_due(self.revoke_at)
+            && is_due(self.revoke_at, now)
         {
             let lease = *lease;
             return Command::Revoke { lease, deadline };
@@ -106,18 +88,40 @@ impl Machine {
         }
     }
 
+    /// Returns the next delete of a key whose service is removed, if one is due.
+    fn delete_removed(&self, now: Instant) -> Option<Command> {
+        self.keys.iter().enumerate().find_map(|(index, entry)| {
+            let is_removed = entry.removal == Removal::Requested;
+            if self.state == State::Deregistered || !is_removed || !is_due(entry.delete_at, now) {
+                return None;
+            }
+            let lease = match &self.lease {
+                _ if entry.by_hand => LeaseId::NONE,
+                // While an earlier lease is not revoked, the key may still be attached to it. The delete affects only a key that is
+                // attached to the current lease, so the earlier lease is revoked first.
+                Some(lease) if self.unrevoked.is_empty() => lease.id,
+                _ => return None,
+            };
+            Some(Command::Delete {
+                index,
+                lease,
+                leave_marker: entry.held.filter(|_| self.has_leave_marker),
+                deadline: self.deadline(),
+            })
+        })
+    }
+
+    /// Returns the next command in the states `Leaving` and `Paused`. The keys are read before the revoke and after it. So a value that was
+    /// written by hand is found although the format has no leave marker, and although it was written after the marker.
     fn leave(&self, leave_marker: bool, now: Instant) -> Command {
         let deadline = self.deadline();
-        let own = self.lease.map(|lease| lease.id);
-        if self.changed_while_leaving {
+        if self.search {
             return Command::Read {
                 deadline: deadline.min(LEAVE_MARKER_MAX),
             };
         }
-        let by_hand = self.keys.iter().position(|entry| entry.by_hand);
-        if let Some(index) = by_hand
-            && self.not_before.is_none_or(|not_before| not_before <= now)
-        {
+        let by_hand = || self.keys.iter().enumerate().filter(|(_, key)| key.by_hand);
+        if let Some((index, _)) = by_hand().find(|(_, key)| is_due(key.delete_at, now)) {
             return Command::Delete {
                 index,
                 lease: LeaseId::NONE,
@@ -125,17 +129,17 @@ impl Machine {
                 deadline,
             };
         }
+        let again = by_hand().filter_map(|(_, key)| key.delete_at).min();
+        let own = self.lease.map(|lease| lease.id);
         let Some(lease) = own.or(self.unrevoked.last().copied()) else {
-            return Command::Wait {
-                until: self.not_before.filter(|_| by_hand.is_some()),
-            };
+            return Command::Wait { until: again };
         };
-        if let Some(not_before) = self.not_before.filter(|not_before| *not_before > now) {
+        if !is_due(self.not_before, now) {
             return Command::Wait {
-                until: Some(not_before),
+                until: earliest(self.not_before, again),
             };
         }
-        if leave_marker && own.is_some() {
+        if leave_marker && own.is_some() && self.holds_keys() {
             return Command::Put {
                 lease,
                 leaving: true,
@@ -158,6 +162,10 @@ impl Machine {
             State::Reading | State::Putting | State::Registered
         )
     }
+}
+
+fn is_due(at: Option<Instant>, now: Instant) -> bool {
+    at.is_none_or(|at| at <= now)
 }
 
 fn earliest(a: Option<Instant>, b: Option<Instant>) -> Option<Instant> {

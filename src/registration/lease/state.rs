@@ -36,8 +36,8 @@ pub(super) struct KeyEntry {
     pub(super) expected: Option<Revision>,
     /// The lease that the key is attached to, if the key belongs to another server.
     pub(super) foreign: Option<LeaseId>,
-    /// Whether the key has a value of this server that was written by hand, without a lease, and is not yet overwritten. The revoke of the
-    /// lease does not delete such a key.
+    /// Whether the key has a value of this server that was written by hand, without a lease, and is neither overwritten nor deleted yet.
+    /// The revoke of the lease does not delete such a key.
     pub(super) by_hand: bool,
     pub(super) claim: Claim,
     pub(super) value: Value,
@@ -92,6 +92,11 @@ impl KeyEntry {
         self.removal == Removal::None
     }
 
+    /// Returns whether clients find the key with a value of this server.
+    pub(super) fn is_present(&self) -> bool {
+        self.held.is_some() || self.by_hand
+    }
+
     /// Returns whether the newest value must still be written.
     pub(super) fn is_pending(&self) -> bool {
         self.value == Value::Pending
@@ -104,6 +109,16 @@ impl KeyEntry {
         self.expected = Some(mod_revision);
         self.by_hand = true;
         self.value = Value::Pending;
+    }
+
+    /// Records a value that was written by hand although the key must not exist. The value is deleted.
+    pub(super) fn remove_by_hand(&mut self) {
+        // The put of the leave marker would find another revision, and write no key.
+        self.held = None;
+        self.by_hand = true;
+        if !self.is_live() {
+            self.removal = Removal::Requested;
+        }
     }
 
     /// Records that the key no longer exists under the registration's lease.

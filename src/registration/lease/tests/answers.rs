@@ -402,6 +402,7 @@ fn many_keys_are_written_and_marked_as_leaving_in_batches_of_a_hundred() {
         }
         assert!(machine.is_written());
         machine.on_deregister();
+        machine.on_read(timed_out(), now);
         for batch in [100, 50] {
             let next = machine.command(now);
             assert!(
@@ -553,6 +554,7 @@ fn a_pause_of_a_superseded_registration_forgets_the_other_server() {
         .machine
         .on_event(0, &put(LeaseId::new(42), 1_000), now);
     player.machine.on_pause();
+    assert!(matches!(player.step(Fate::Good), Command::Read { .. }));
     assert_eq!(player.machine.phase(now), Phase::Paused);
     player.machine.on_resume();
     assert_eq!(player.machine.phase(now), Phase::Registering);
@@ -647,6 +649,7 @@ fn only_keys_of_the_registration_are_marked_as_leaving() {
     pair.machine.on_event(1, &put(LeaseId::new(42), 1_000), now);
     pair.machine.on_remove(2);
     pair.machine.on_deregister();
+    assert!(matches!(pair.step(), Command::Read { .. }));
     let next = pair.machine.command(now);
     assert!(matches!(next, Command::Put { leaving: true, .. }));
     let indexes: Vec<_> = pair.machine.puts().iter().map(|put| put.index).collect();
@@ -670,6 +673,7 @@ fn a_key_is_removed_once_and_the_last_removal_ends_the_registration() {
     assert!(pair.machine.is_gone(1), "it is not deleted again");
     pair.machine.on_remove(0);
     assert_eq!(pair.machine.phase(pair.now), Phase::Leaving);
+    assert!(matches!(pair.step(), Command::Read { .. }));
     pair.machine.on_put(true, timed_out(), pair.now);
     pair.machine.on_revoked(timed_out(), pair.now);
     let next = pair.machine.command(pair.now);
@@ -679,6 +683,7 @@ fn a_key_is_removed_once_and_the_last_removal_ends_the_registration() {
     let next = pair.machine.command(until);
     assert!(matches!(next, Command::Revoke { .. }), "{next:?}");
     pair.machine.on_revoked(Ok(()), until);
+    pair.machine.on_read(timed_out(), until);
     assert!(pair.machine.is_gone(0) && pair.machine.last_error.is_none());
     pair.machine.on_pause();
     assert_eq!(pair.machine.phase(until), Phase::Deregistered, "for good");
@@ -688,6 +693,7 @@ fn a_key_is_removed_once_and_the_last_removal_ends_the_registration() {
 fn the_leave_marker_is_written_once_and_only_if_the_format_has_one() {
     let mut player = Player::registered(52);
     player.machine.on_pause();
+    assert!(matches!(player.step(Fate::Good), Command::Read { .. }));
     let first = player.step(Fate::Good);
     assert!(matches!(first, Command::Put { leaving: true, .. }));
     player.machine.on_deregister();
@@ -697,6 +703,7 @@ fn the_leave_marker_is_written_once_and_only_if_the_format_has_one() {
     let mut player = Player::registered(52);
     player.machine.has_leave_marker = false;
     player.machine.on_deregister();
+    assert!(matches!(player.step(Fate::Good), Command::Read { .. }));
     let next = player.machine.command(player.now);
     assert!(matches!(next, Command::Revoke { .. }), "{next:?}");
 }

@@ -84,6 +84,10 @@ impl Store {
             .map_or(Revision::ZERO, |kv| kv.mod_revision)
     }
 
+    fn mod_lease(&self) -> Option<LeaseId> {
+        self.key.as_ref().map(|kv| kv.lease)
+    }
+
     /// Renews a lease for a client that rejects a response with a raft term below `term`.
     fn renewal(&mut self, lease: LeaseId, term: u64, now: Instant) -> Result<KeepAlive, EtcdError> {
         let header = Some(Header {
@@ -113,9 +117,9 @@ fn error(kind: EtcdErrorKind) -> EtcdError {
 fn alone(kv: Option<KeyValue>, current: bool) -> Found {
     Found {
         index: 0,
+        by_hand: kv.as_ref().is_some_and(|kv| kv.lease == LeaseId::NONE),
         kv,
         current,
-        by_hand: false,
     }
 }
 
@@ -222,7 +226,13 @@ impl Player {
                 }
                 self.machine.on_revoked(delivered(fate, ()), self.now);
             }
-            Command::Delete { .. } => panic!("a machine with one key must send no delete"),
+            Command::Delete { lease, .. } => {
+                assert_eq!(lease, LeaseId::NONE, "the only key is deleted by hand only");
+                if reached && self.store.mod_lease() == Some(LeaseId::NONE) {
+                    self.store.delete();
+                }
+                self.machine.on_deleted(0, delivered(fate, ()), self.now);
+            }
             Command::Wait { until } => {
                 let bound = self.now + TTL;
                 self.now = until.map_or(bound, |until| until.min(bound)).max(self.now);
@@ -234,7 +244,12 @@ impl Player {
 
     fn deliver(&mut self) {
         for event in &self.store.events[self.seen..] {
-            self.machine.on_event(0, event, self.now);
+            match event {
+                Event::Put(kv) if kv.lease == LeaseId::NONE => {
+                    self.machine.on_put_by_hand(0, kv);
+                }
+                event => self.machine.on_event(0, event, self.now),
+            }
         }
         self.seen = self.store.events.len();
     }
@@ -385,6 +400,40 @@ proptest! {
         }
         assert_eq!(player.store.key, None);
         assert_eq!(player.machine.phase(player.now), Phase::Deregistered);
+    }
+}
+
+/// A format may have no leave marker, and events may be delivered late or never.
+#[test]
+fn no_value_that_is_written_by_hand_before_the_last_revoke_outlives_the_server() {
+    for seed in 0..2_000 {
+        let mut player = Player::registered(seed);
+        player.machine.has_leave_marker = player.rng.bool();
+        for _ in 0..player.rng.u8(0..20) {
+            match player.rng.u8(0..12) {
+                0..2 => drop(player.store.put(LeaseId::NONE)),
+                2 => player.store.leases.clear(),
+                3 => player.machine.on_pause(),
+                4 => player.machine.on_resume(),
+                5 => player.deliver(),
+                6 => drop(player.step(Fate::AnswerLost)),
+                _ => drop(player.step(Fate::Good)),
+            }
+        }
+        player.machine.on_deregister();
+        let mut steps = 0;
+        let mut writes = player.rng.u8(0..3);
+        while player.machine.command(player.now) != Command::End {
+            let has_lease = player.machine.lease.is_some();
+            if writes > 0 && has_lease && player.rng.bool() {
+                writes -= 1;
+                player.store.put(LeaseId::NONE);
+            }
+            player.step(Fate::Good);
+            steps += 1;
+            assert!(steps < 40, "seed {seed}: {:?}", player.machine);
+        }
+        assert_eq!(player.store.key, None, "seed {seed}");
     }
 }
 
@@ -626,11 +675,13 @@ fn a_full_store_and_a_lost_leader_are_transient_errors() {
 fn a_pause_marks_the_key_as_leaving_and_a_resume_uses_a_new_lease() {
     let mut player = Player::registered(7);
     player.machine.on_pause();
+    assert!(matches!(player.step(Fate::Good), Command::Read { .. }));
     assert!(matches!(
         player.step(Fate::Good),
         Command::Put { leaving: true, .. }
     ));
     assert!(matches!(player.step(Fate::Good), Command::Revoke { .. }));
+    assert!(matches!(player.step(Fate::Good), Command::Read { .. }));
     assert_eq!(player.machine.phase(player.now), Phase::Paused);
     assert_eq!(player.store.key, None);
     assert_eq!(
@@ -661,7 +712,9 @@ fn changes_missed_while_the_watch_was_closed_are_found_by_a_read() {
 #[test]
 fn a_key_of_another_server_is_polled_if_it_cannot_be_watched() {
     let mut player = Player::registered(9);
-    player.store.put(LeaseId::NONE);
+    let other = LeaseId::new(42);
+    player.store.leases.push((other, player.now + TTL * 1_000));
+    player.store.put(other);
     player.deliver();
     player.machine.on_watch_lost();
     player.store.key = None;

@@ -7,6 +7,8 @@ pub(super) struct Pair {
     pub(super) machine: Machine,
     pub(super) now: Instant,
     revision: i64,
+    /// The keys that have a value that was written by hand.
+    pub(super) by_hand: Vec<usize>,
 }
 
 impl Pair {
@@ -19,6 +21,7 @@ impl Pair {
             machine: Machine::new(TTL, keys, true, fastrand::Rng::with_seed(1)),
             now: Instant::now(),
             revision: 1,
+            by_hand: Vec::new(),
         };
         for _ in 0..3 {
             pair.step();
@@ -39,21 +42,25 @@ impl Pair {
                 machine.on_granted(lease, Ok(TTL), self.now, self.now);
             }
             Command::Read { .. } => {
-                let none = |index| Found {
+                let found = |index| Found {
                     index,
                     kv: None,
                     current: false,
-                    by_hand: false,
+                    by_hand: self.by_hand.contains(&index),
                 };
-                let found = self.machine.live().map(none).collect();
+                let found = self.machine.reads().into_iter().map(found).collect();
                 self.machine.on_read(Ok(found), self.now);
             }
-            Command::Put { .. } => {
+            Command::Put { leaving, .. } => {
                 self.revision += 1;
                 let written = Ok(Some(Revision::new(self.revision)));
-                self.machine.on_put(false, written, self.now);
+                self.machine.on_put(leaving, written, self.now);
             }
-            Command::Delete { index, .. } => self.machine.on_deleted(index, Ok(()), self.now),
+            Command::Delete { index, .. } => {
+                self.by_hand.retain(|other| *other != index);
+                self.machine.on_deleted(index, Ok(()), self.now);
+            }
+            Command::Revoke { .. } => self.machine.on_revoked(Ok(()), self.now),
             other => panic!("unexpected command: {other:?}"),
         }
         command
@@ -175,8 +182,10 @@ fn a_revoke_without_a_response_is_repeated_after_the_key_has_a_new_lease() {
     let mut player = Player::registered(20);
     let old = player.machine.lease.expect("the machine has a lease").id;
     player.machine.on_pause();
-    player.step(Fate::Good);
-    assert!(matches!(player.step(Fate::Lost), Command::Revoke { .. }));
+    while !matches!(player.machine.command(player.now), Command::Revoke { .. }) {
+        player.step(Fate::Good);
+    }
+    player.step(Fate::Lost);
     player.machine.on_resume();
     player.settle();
     let revoked = player.step(Fate::Good);
