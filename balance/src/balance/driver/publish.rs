@@ -152,8 +152,12 @@ impl Driver {
         // scheduled one is cleared.
         self.update_zone_factors();
         self.publication.clear();
-        let ready = self.ready_sets.freeze();
-        let subsets = self.freeze_selections();
+        let mut rings = self.rings.budget(Instant::now());
+        let ready = self.ready_sets.freeze(&mut rings);
+        let subsets = self.freeze_selections(&mut rings);
+        if let Some(next) = self.rings.settle(&rings, Instant::now()) {
+            self.publication.at(next);
+        }
         let is_last_resort = self.ready_sets.is_last_resort();
         let summary = self.publication.summarize(ready.len(), is_last_resort);
         let picker = Arc::clone(&self.picker);

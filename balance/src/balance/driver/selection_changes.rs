@@ -7,6 +7,7 @@ use tokio::time::Instant;
 use super::driver::Driver;
 use super::selections::matches;
 use super::subchannel_table::Class;
+use crate::balance::hash_ring::RingBudget;
 use crate::balance::subsets::Subsets;
 
 impl Driver {
@@ -30,18 +31,21 @@ impl Driver {
     }
 
     /// Returns the ready sets of the selections, to be published.
-    pub(super) fn freeze_selections(&mut self) -> Option<Arc<Subsets>> {
+    pub(super) fn freeze_selections(&mut self, rings: &mut RingBudget) -> Option<Arc<Subsets>> {
         let endpoints = &self.endpoints;
-        self.selections.freeze(|criterion| {
-            let mut counts = (0, 0);
-            for entry in endpoints.values() {
-                if matches(criterion, &entry.endpoint) {
-                    counts.0 += 1;
-                    counts.1 += usize::from(entry.class == Class::Pending);
+        self.selections.freeze(
+            |criterion| {
+                let mut counts = (0, 0);
+                for entry in endpoints.values() {
+                    if matches(criterion, &entry.endpoint) {
+                        counts.0 += 1;
+                        counts.1 += usize::from(entry.class == Class::Pending);
+                    }
                 }
-            }
-            counts
-        })
+                counts
+            },
+            rings,
+        )
     }
 
     /// Drops the sets that no call has used for a while.

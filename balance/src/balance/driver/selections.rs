@@ -13,6 +13,7 @@ use tokio::time::Instant;
 use super::ready_set_pair::{Placed, ReadySets};
 use super::subchannel_table::SubchannelId;
 use crate::balance::endpoint::Endpoint;
+use crate::balance::hash_ring::{HashRing, RingBudget};
 use crate::balance::ready_connection::ReadyEntry;
 use crate::balance::select::Criterion;
 use crate::balance::subsets::{SplitPart, Subset, Subsets};
@@ -142,13 +143,14 @@ impl Selections {
     pub(super) fn freeze(
         &mut self,
         count: impl Fn(&Criterion) -> (usize, usize),
+        rings: &mut RingBudget,
     ) -> Option<Arc<Subsets>> {
         if self.sets.is_empty() {
             return None;
         }
         let mut subsets = Subsets::default();
         for (criterion, selection) in &mut self.sets {
-            let subset = selection.freeze(|| count(criterion));
+            let subset = selection.freeze(|| count(criterion), rings);
             subsets.sets.insert(criterion.clone(), subset);
         }
         if !self.split.is_empty() {
@@ -180,13 +182,18 @@ impl Selections {
 
 impl Selection {
     /// Returns the set to publish. A set without ready endpoints is always built again, because its counts may have changed.
-    fn freeze(&mut self, count: impl FnOnce() -> (usize, usize)) -> Arc<Subset> {
+    fn freeze(
+        &mut self,
+        count: impl FnOnce() -> (usize, usize),
+        rings: &mut RingBudget,
+    ) -> Arc<Subset> {
         if let Some(published) = &self.published
             && published.ready.len() > 0
         {
             return Arc::clone(published);
         }
-        let ready = self.sets.freeze();
+        let ready = self.sets.freeze(rings);
+        let is_stale = ready.ring().is_some_and(HashRing::is_stale);
         let (endpoints, pending) = if ready.len() > 0 { (0, 0) } else { count() };
         let subset = Arc::new(Subset {
             ready,
@@ -194,7 +201,8 @@ impl Selection {
             pending,
             used: Arc::clone(&self.used),
         });
-        self.published = Some(Arc::clone(&subset));
+        // A set with a stale ring is frozen again by the next publication.
+        self.published = (!is_stale).then(|| Arc::clone(&subset));
         subset
     }
 }
@@ -257,6 +265,10 @@ mod tests {
         selections.set_split(&TrafficSplit::new(), &all);
         selections.sweep(now + SWEEP * 3);
         assert!(selections.sets.is_empty());
-        assert!(selections.freeze(|_| (0, 0)).is_none());
+        assert!(
+            selections
+                .freeze(|_| (0, 0), &mut RingBudget::new(0))
+                .is_none()
+        );
     }
 }
