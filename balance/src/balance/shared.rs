@@ -134,9 +134,9 @@ impl Shared {
         self.uses_hashes.store(uses_hashes, Ordering::Relaxed);
     }
 
-    /// Removes and returns the criteria for which calls have requested a ready set.
-    pub(super) fn take_wanted(&self) -> Vec<Criterion> {
-        self.picking.wanted.take()
+    /// Removes and returns criteria for which calls have requested a ready set, at most `limit`.
+    pub(super) fn take_wanted(&self, limit: usize) -> Vec<Criterion> {
+        self.picking.wanted.take(limit)
     }
 
     /// Replaces the traffic split. Calls use the new split as soon as the driver has published its ready sets.
