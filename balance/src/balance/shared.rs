@@ -23,6 +23,7 @@ use super::ready_set::ReadySet;
 use super::select::Criterion;
 use super::snapshot::{Picking, Published, Snapshot};
 use super::stream_queue::Waiters;
+use super::subsets::SplitDraw;
 use super::summary::Summary;
 use super::traffic_split::TrafficSplit;
 use super::wanted::Wanted;
@@ -96,6 +97,7 @@ impl Shared {
     pub(crate) fn pick(
         &self,
         key: &PickKey,
+        draw: &SplitDraw,
         usable: impl Fn(&Arc<ReadyConnection>) -> bool,
     ) -> Pick<Permit> {
         let published = self.published.load();
@@ -105,14 +107,19 @@ impl Shared {
             let picked = published.picker.pick(&published.ready, usable, SCAN_LIMIT);
             return picked.map(|entry| Permit::reserved(entry.connection()));
         }
-        Snapshot::new(&self.picking, published, key, SCAN_LIMIT).pick(usable)
+        Snapshot::new(&self.picking, published, key, draw, SCAN_LIMIT).pick(usable)
     }
 
     /// Returns the published state. A pick from it draws a few connections. If none of them can take the call, the pick scans at most
     /// `scan_limit` slots of the set.
-    pub(crate) fn snapshot<'a>(&'a self, key: &'a PickKey, scan_limit: usize) -> Snapshot<'a> {
+    pub(crate) fn snapshot<'a>(
+        &'a self,
+        key: &'a PickKey,
+        draw: &'a SplitDraw,
+        scan_limit: usize,
+    ) -> Snapshot<'a> {
         let published = self.published.load();
-        Snapshot::new(&self.picking, published, key, scan_limit)
+        Snapshot::new(&self.picking, published, key, draw, scan_limit)
     }
 
     /// Returns whether picks use data of the call even if the call selects no endpoints.

@@ -1,6 +1,7 @@
 //! The traffic split: the shares of the calls that groups of endpoints get.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 
 use super::select::Criterion;
 use crate::attributes::VERSION;
@@ -102,6 +103,15 @@ impl TrafficSplit {
         let no_weight = self.parts.iter().all(|(_, weight)| *weight == 0);
         (no_weight && !self.is_empty())
             .then(|| "all weights of the traffic split are 0, so no call could be sent".to_owned())
+    }
+
+    /// Returns the criteria of the parts that have a weight. An endpoint that matches none of them gets no calls.
+    pub(super) fn weighted(&self) -> Arc<[Criterion]> {
+        let weighted = self
+            .criteria()
+            .into_iter()
+            .filter(|(_, weight)| *weight > 0);
+        weighted.map(|(criterion, _)| criterion).collect()
     }
 
     /// Returns the criterion and the weight of each part.

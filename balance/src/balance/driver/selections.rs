@@ -20,7 +20,7 @@ use crate::balance::endpoint::Endpoint;
 use crate::balance::hash_ring::{HashRing, RingBudget};
 use crate::balance::ready_connection::ReadyEntry;
 use crate::balance::select::Criterion;
-use crate::balance::subsets::{SplitPart, Subset, Subsets};
+use crate::balance::subsets::{Split, SplitPart, Subset, Subsets};
 use crate::balance::traffic_split::TrafficSplit;
 
 /// The ready sets of all criteria that are in use, and the traffic split.
@@ -29,6 +29,8 @@ pub(super) struct Selections {
     sets: HashMap<Criterion, Selection>,
     /// The parts of the traffic split. Their criteria stay in `sets`.
     split: Vec<(Criterion, u32)>,
+    /// The criteria of the parts that have a weight.
+    weighted: Arc<[Criterion]>,
     takes_turns: bool,
     is_hashed: bool,
     /// The number of times that the use of the sets was recorded.
@@ -95,6 +97,7 @@ impl Selections {
         let mut selections = Self {
             sets: HashMap::new(),
             split: Vec::new(),
+            weighted: Arc::default(),
             takes_turns,
             is_hashed,
             round: 0,
@@ -141,6 +144,7 @@ impl Selections {
 
     pub(super) fn set_split(&mut self, split: &TrafficSplit, known: Known<'_>) {
         self.split = split.criteria();
+        self.weighted = split.weighted();
         self.published = None;
         for (criterion, _) in self.split.clone() {
             self.add(criterion, known);
@@ -240,7 +244,10 @@ impl Selections {
                 subsets.sets.insert(criterion.clone(), subset);
             }
             if !self.split.is_empty() {
-                subsets.split = Some(parts(&self.split, &subsets.sets));
+                subsets.split = Some(Split {
+                    parts: parts(&self.split, &subsets.sets),
+                    weighted: Arc::clone(&self.weighted),
+                });
             }
             let subsets = Arc::new(subsets);
             if is_stale {
@@ -327,6 +334,7 @@ impl Selection {
             ready,
             endpoints: self.counts.endpoints,
             pending: self.counts.pending,
+            is_last_resort: self.sets.is_last_resort(),
             used: Arc::clone(&self.used),
         });
         // A set with a stale ring is frozen again by the next publication.
@@ -349,8 +357,11 @@ fn parts(split: &[(Criterion, u32)], sets: &HashMap<Criterion, Arc<Subset>>) -> 
             && *weight > 0
         {
             end += u64::from(*weight);
-            let subset = Arc::clone(subset);
-            parts.push(SplitPart { end, subset });
+            parts.push(SplitPart {
+                end,
+                subset: Arc::clone(subset),
+                criterion: [criterion.clone()].into(),
+            });
         }
     }
     parts.into()
