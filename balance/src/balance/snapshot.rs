@@ -35,7 +35,7 @@ impl Published {
         Self {
             ready: ReadySet::default(),
             // The calls that are made before the first publication must not be sent to a part of the split that gets no calls.
-            subsets: Subsets::unready(&options.split),
+            subsets: Subsets::unready(options.splits.current()),
             summary: Summary::default(),
             picker: Arc::new(Picker::new(options.policy, options.seed)),
         }

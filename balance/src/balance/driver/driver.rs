@@ -96,7 +96,7 @@ impl Driver {
             scaling: Scaling::new(now),
             draining: DrainingConnections::default(),
             ready_sets: ReadySets::new(takes_turns, is_hashed),
-            selections: Selections::new(&options.split, takes_turns, is_hashed, now),
+            selections: Selections::new(options.splits.current(), takes_turns, is_hashed, now),
             rings: RingSchedule::new(now),
             publication: PendingPublication::default(),
             latencies: Latencies::new(),

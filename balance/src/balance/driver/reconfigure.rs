@@ -1,4 +1,5 @@
-//! Applies settings that change while the channel runs: the policy, outlier detection and the health check. Connections stay open.
+//! Applies settings that change while the channel runs: the policy, the traffic split of the service config, outlier detection and the
+//! health check. Connections stay open.
 
 use std::sync::Arc;
 
@@ -21,9 +22,13 @@ impl Driver {
         };
         let Reconfiguration {
             policy,
+            hash_header,
+            split,
             outlier_detection,
             health_check,
         } = settings;
+        self.shared.set_hash_header(hash_header);
+        self.shared.set_split_of_service_config(split);
         if policy != self.options.policy {
             self.set_policy(policy);
         }
@@ -41,7 +46,10 @@ impl Driver {
         self.picker = Arc::new(Picker::new(policy, self.options.seed));
         self.ready_sets.set_takes_turns(policy.takes_turns());
         self.selections.set_takes_turns(policy.takes_turns());
-        self.shared.set_uses_hashes(policy == LbPolicy::RingHash);
+        let is_hashed = policy == LbPolicy::RingHash;
+        self.ready_sets.set_hashed(is_hashed);
+        self.selections.set_hashed(is_hashed);
+        self.shared.set_uses_hashes(is_hashed);
         self.publication.now();
     }
 

@@ -28,7 +28,7 @@ impl Driver {
             tracing::info!(?split, "the traffic split has changed");
             self.selections.set_split(&split, known);
             self.publish();
-            self.shared.on_split_applied(&split);
+            self.shared.on_split_applied(split);
         }
     }
 

@@ -161,6 +161,21 @@ impl Selections {
         self.published = None;
     }
 
+    /// Sets whether the sets have a ring, as those of the whole channel. The driver cannot compute the rings of many selections at once, so
+    /// calls request their sets again.
+    pub(super) fn set_hashed(&mut self, is_hashed: bool) {
+        self.is_hashed = is_hashed;
+        if is_hashed {
+            let split = &self.split;
+            self.sets.retain(|criterion, _| is_part(split, criterion));
+        }
+        for selection in self.sets.values_mut() {
+            selection.sets.set_hashed(is_hashed);
+            selection.published = None;
+        }
+        self.published = None;
+    }
+
     /// Puts a ready connection into the sets of the criteria that its endpoint matches.
     pub(super) fn place(
         &mut self,
