@@ -165,6 +165,16 @@ const DIFFERENT: &[(&str, &str, bool)] = &[
         true,
     ),
     (
+        "The policy is one of this library.",
+        r#"{"loadBalancingConfig": [{"split_experimental": {"split": [{"label": {"version": "1.2"}, "weight": 5}, {"weight": 95}]}}]}"#,
+        true,
+    ),
+    (
+        "grpc-go knows the policy only if its package is imported.",
+        r#"{"loadBalancingConfig": [{"ring_hash_experimental": {"minRingSize": 100, "requestHashHeader": "x-key"}}]}"#,
+        true,
+    ),
+    (
         "grpc-go replaces half of a surrogate pair, which is no text in Unicode.",
         r#"{"healthCheckConfig": {"serviceName": "\ud800"}}"#,
         false,

@@ -19,9 +19,11 @@ use std::sync::atomic::{AtomicU32, Ordering};
 /// The owners of all slots, and the entries of the ready set that belong to each owner.
 #[derive(Debug)]
 pub(crate) struct HashRing {
-    /// The owner of each slot. One entry stands for all slots.
-    owners: Arc<[u32]>,
-    endpoints: Box<[RingEndpoint]>,
+    owners: Owners,
+    /// The endpoints, by the numbers in `owners`. While the ring is stale, it has `None` for each endpoint that was removed since the owners
+    /// were computed, and the new endpoints, which own no slot yet, are at the end.
+    endpoints: Box<[Option<RingEndpoint>]>,
+    is_stale: bool,
     total_weight: u64,
     /// The calls in flight at the last count.
     counted: AtomicU32,
@@ -52,7 +54,8 @@ impl RingEndpoint {
 impl HashRing {
     /// Returns the endpoints in the order in which a call with this hash tries them: the owner of the hash, then the owners of
     /// [`ATTEMPTS`] other slots, and then up to `scan_limit` endpoints one after the other. An endpoint can occur several times. The order
-    /// depends only on the hash and the endpoints.
+    /// depends only on the hash and the endpoints. While the ring is stale, the slots of a removed endpoint have no owner, so its calls are
+    /// sent to the next endpoint in their order.
     pub(super) fn endpoints(
         &self,
         hash: u64,
@@ -62,7 +65,12 @@ impl HashRing {
         let len = self.endpoints.len();
         let start = usize::try_from(hash >> u32::BITS).unwrap_or_default() % len.max(1);
         let scan = (0..len.min(scan_limit)).map(move |step| (start + step) % len);
-        attempts.chain(scan.filter_map(|index| self.endpoints.get(index)))
+        attempts.chain(scan.filter_map(|index| self.endpoints.get(index)?.as_ref()))
+    }
+
+    /// Returns whether the owners were computed for other endpoints or weights.
+    pub(super) fn is_stale(&self) -> bool {
+        self.is_stale
     }
 
     /// Returns the endpoint of a hash. With `attempt` 0, this is the owner of the hash. Each further attempt returns the owner of another
@@ -72,9 +80,8 @@ impl HashRing {
             0 => hash,
             _ => mix(hash.wrapping_add(attempt.wrapping_mul(GOLDEN))),
         };
-        let owner = self.owners.get(slot_of(hash));
-        let owner = *owner.or_else(|| self.owners.first())?;
-        self.endpoints.get(owner as usize)
+        let owner = self.owners.of(slot_of(hash))?;
+        self.endpoints.get(owner)?.as_ref()
     }
 
     /// Returns an estimate of the calls in flight on all endpoints, including the one that is about to be sent. One pick in `interval`
@@ -100,19 +107,98 @@ impl HashRing {
     }
 }
 
+/// The owner of each slot, as the number of an endpoint. One entry stands for all slots. The entries are as small as the number of endpoints
+/// permits, because a channel can have a ring for each of its selections.
+#[derive(Clone, Debug)]
+enum Owners {
+    Few(Arc<[u8]>),
+    Many(Arc<[u16]>),
+    VeryMany(Arc<[u32]>),
+}
+
+impl Owners {
+    fn new(owners: &[u32]) -> Self {
+        let few: Result<_, _> = owners.iter().map(|owner| u8::try_from(*owner)).collect();
+        if let Ok(few) = few {
+            return Self::Few(few);
+        }
+        let many: Result<_, _> = owners.iter().map(|owner| u16::try_from(*owner)).collect();
+        many.map_or_else(|_| Self::VeryMany(owners.into()), Self::Many)
+    }
+
+    /// Returns the owner of a slot; `None` if there are no endpoints.
+    fn of(&self, slot: usize) -> Option<usize> {
+        fn of<T: Copy>(owners: &[T], slot: usize) -> Option<T> {
+            owners.get(slot).or_else(|| owners.first()).copied()
+        }
+        match self {
+            Self::Few(owners) => of(owners, slot).map(usize::from),
+            Self::Many(owners) => of(owners, slot).map(usize::from),
+            Self::VeryMany(owners) => of(owners, slot).map(|owner| owner as usize),
+        }
+    }
+}
+
+impl Default for Owners {
+    fn default() -> Self {
+        Self::Few(Arc::default())
+    }
+}
+
+/// The number of rings whose owners a publication may compute. This takes a few milliseconds for each ring, and the driver does nothing else
+/// in the meantime.
+#[derive(Debug)]
+pub(super) struct RingBudget {
+    left: u32,
+    is_exceeded: bool,
+}
+
+impl RingBudget {
+    pub(super) fn new(left: u32) -> Self {
+        Self {
+            left,
+            is_exceeded: false,
+        }
+    }
+
+    /// Returns how many rings may still be computed.
+    pub(super) fn left(&self) -> u32 {
+        self.left
+    }
+
+    /// Returns whether a ring was left stale.
+    pub(super) fn is_exceeded(&self) -> bool {
+        self.is_exceeded
+    }
+
+    /// Returns whether a ring may be computed. The first computation of a ring is always allowed.
+    fn take(&mut self, is_first: bool) -> bool {
+        let is_left = self.left > 0 || is_first;
+        self.left = self.left.saturating_sub(1);
+        self.is_exceeded |= !is_left;
+        is_left
+    }
+}
+
 /// Builds the rings of successive ready sets. The owners are computed again only if an endpoint or a weight has changed.
 #[derive(Debug, Default)]
 pub(super) struct HashRingBuilder {
+    /// The endpoints for which the owners were computed, sorted by hash.
     names: Vec<Name>,
-    owners: Arc<[u32]>,
+    owners: Owners,
 }
 
 /// The hash of the name of an endpoint, and its weight.
 pub(super) type Name = (u64, u32);
 
 impl HashRingBuilder {
-    /// Returns the ring of a ready set whose entries belong to these endpoints. Several entries may belong to the same endpoint.
-    pub(super) fn build(&mut self, entries: impl Iterator<Item = Name>) -> HashRing {
+    /// Returns the ring of a ready set whose entries belong to these endpoints. Several entries may belong to the same endpoint. If the
+    /// budget is used up, the ring has the previous owners and is stale. The first ring has no previous owners, so it is always computed.
+    pub(super) fn build(
+        &mut self,
+        entries: impl Iterator<Item = Name>,
+        budget: &mut RingBudget,
+    ) -> HashRing {
         let mut entries: Vec<(Name, u32)> = entries.zip(0..).collect();
         // The order does not depend on the order of the ready set, so the owners stay valid while the endpoints stay the same.
         entries.sort_unstable();
@@ -125,37 +211,61 @@ impl HashRingBuilder {
             let ((_, weight), _) = group.last().unwrap_or(&group[0]);
             let weight = (*weight).max(1);
             names.push((*hash, weight));
-            endpoints.push(RingEndpoint {
+            endpoints.push(Some(RingEndpoint {
                 weight,
                 first: *first,
                 others: others.iter().map(|(_, index)| *index).collect(),
-            });
-        }
-        if names != self.names {
-            self.owners = owners(&names);
-            self.names = names;
+            }));
         }
         let interval = (endpoints.len() / COUNTS).max(1).next_power_of_two();
+        let total_weight = names.iter().map(|(_, weight)| u64::from(*weight)).sum();
+        let (owners, is_stale) = if names.len() <= 1 {
+            // The previous owners are kept: if the other endpoints return, nothing needs to be computed.
+            (Owners::new(&owners(&names)), false)
+        } else if names == self.names {
+            (self.owners.clone(), false)
+        } else if budget.take(self.names.is_empty()) {
+            self.owners = Owners::new(&owners(&names));
+            self.names = names;
+            (self.owners.clone(), false)
+        } else {
+            endpoints = self.numbered(&names, endpoints);
+            (self.owners.clone(), true)
+        };
         HashRing {
-            owners: Arc::clone(&self.owners),
-            total_weight: self
-                .names
-                .iter()
-                .map(|(_, weight)| u64::from(*weight))
-                .sum(),
+            owners,
             endpoints: endpoints.into(),
+            is_stale,
+            total_weight,
             counted: AtomicU32::new(0),
             picks: AtomicU32::new(0),
             interval: u32::try_from(interval).unwrap_or(1 << 31),
         }
     }
+
+    /// Returns the endpoints by their numbers in the previous owners, followed by the new endpoints.
+    fn numbered(
+        &self,
+        names: &[Name],
+        endpoints: Vec<Option<RingEndpoint>>,
+    ) -> Vec<Option<RingEndpoint>> {
+        let mut numbered: Vec<_> = self.names.iter().map(|_| None).collect();
+        for ((hash, _), endpoint) in names.iter().zip(endpoints) {
+            let number = self.names.binary_search_by_key(hash, |(hash, _)| *hash);
+            match number.ok().and_then(|number| numbered.get_mut(number)) {
+                Some(place) => *place = endpoint,
+                None => numbered.push(endpoint),
+            }
+        }
+        numbered
+    }
 }
 
 /// Returns the owner of each slot, as an index of `names`.
-fn owners(names: &[Name]) -> Arc<[u32]> {
+fn owners(names: &[Name]) -> Vec<u32> {
     if names.len() <= 1 {
         // A single endpoint owns all slots, so one entry is enough.
-        return std::iter::repeat_n(0, names.len()).collect();
+        return vec![0; names.len()];
     }
     let mut owners = vec![0_u32; SLOTS];
     let mut times = vec![u64::MAX; SLOTS];
@@ -179,7 +289,7 @@ fn owners(names: &[Name]) -> Arc<[u32]> {
             }
         }
     }
-    owners.into()
+    owners
 }
 
 /// The sequence of claims of an endpoint.
@@ -235,7 +345,8 @@ fn mix(mut word: u64) -> u64 {
 /// The increment of `SplitMix64`.
 const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
 /// Number of slots. With `n` endpoints of equal weight, the standard deviation of the share of an endpoint is the square root of `n / SLOTS`:
-/// 1.2 % for 10 endpoints, 4 % for 100, and 12 % for 1 000. The table of owners has 256 KiB.
+/// 1.2 % for 10 endpoints, 4 % for 100, and 12 % for 1 000. The table of owners has 64 KiB for up to 256 endpoints, and 128 KiB for up to
+/// 65 536.
 const SLOTS: usize = 1 << SLOT_BITS;
 const SLOT_BITS: u32 = 16;
 /// Number of bits of the fractional part of a claim's number. The slot uses the upper 16 bits of the same random word, so the two do not
@@ -268,6 +379,12 @@ mod tests {
         let owner = |slot| owners.get(slot).or(owners.first()).expect("an owner");
         let owner = |slot| sorted[*owner(slot) as usize].0;
         (0..SLOTS).map(owner).collect()
+    }
+
+    fn build(builder: &mut HashRingBuilder, entries: impl Iterator<Item = Name>) -> HashRing {
+        let ring = builder.build(entries, &mut RingBudget::new(1));
+        assert!(!ring.is_stale());
+        ring
     }
 
     fn share(owned: &[u64], name: Name) -> f64 {
@@ -354,7 +471,10 @@ mod tests {
             "10.0.0.4:50051",
         ];
         let mut builder = HashRingBuilder::default();
-        let ring = builder.build(all.iter().map(|name| (hash(name.as_bytes()), 1)));
+        let ring = build(
+            &mut builder,
+            all.iter().map(|name| (hash(name.as_bytes()), 1)),
+        );
         let owner = |key: &str, attempt| {
             let endpoint = ring.endpoint(hash(key.as_bytes()), attempt);
             endpoint.expect("an owner").first
@@ -372,24 +492,27 @@ mod tests {
     #[test]
     fn connections_of_one_endpoint_share_its_slots() {
         let mut builder = HashRingBuilder::default();
-        let ring = builder.build([(7, 1), (9, 1), (7, 1)].into_iter());
+        let ring = build(&mut builder, [(7, 1), (9, 1), (7, 1)].into_iter());
         assert_eq!(ring.endpoints.len(), 2);
-        let indexes: Vec<_> = ring.endpoints[0].indexes().collect();
-        assert_eq!(indexes, [0, 2]);
+        let first = ring.endpoints[0].as_ref().expect("an endpoint");
+        assert_eq!(first.indexes().collect::<Vec<_>>(), [0, 2]);
         assert_eq!(ring.total_weight, 2);
-        let owners = Arc::clone(&ring.owners);
-        let again = builder.build([(9, 1), (7, 1)].into_iter());
-        assert!(Arc::ptr_eq(&owners, &again.owners), "must not be rebuilt");
-        assert!(builder.build(std::iter::empty()).endpoint(1, 0).is_none());
-        let single = builder.build(std::iter::once((7, 1)));
+        let again = build(&mut builder, [(9, 1), (7, 1)].into_iter());
+        let (Owners::Few(before), Owners::Few(after)) = (&ring.owners, &again.owners) else {
+            unreachable!("there are two endpoints");
+        };
+        assert!(Arc::ptr_eq(before, after), "must not be rebuilt");
+        let empty = build(&mut builder, std::iter::empty());
+        assert!(empty.endpoint(1, 0).is_none());
+        let single = build(&mut builder, std::iter::once((7, 1)));
         assert_eq!(single.endpoint(u64::MAX, 0).map(|one| one.first), Some(0));
     }
 
     #[test]
     fn the_bound_is_the_share_times_the_factor_rounded_up() {
         let mut builder = HashRingBuilder::default();
-        let ring = builder.build([(7, 1), (9, 3)].into_iter());
-        let [light, heavy] = &*ring.endpoints else {
+        let ring = build(&mut builder, [(7, 1), (9, 3)].into_iter());
+        let [Some(light), Some(heavy)] = &*ring.endpoints else {
             unreachable!("there are two endpoints");
         };
         // 10 calls: 2.5 for the light endpoint, times 1.25 is 3.125, rounded up is 4.
@@ -399,5 +522,75 @@ mod tests {
         assert!(ring.is_below_bound(heavy, 9, 10));
         assert!(!ring.is_below_bound(heavy, 10, 10));
         assert!(ring.is_below_bound(light, 0, 1), "an idle endpoint");
+    }
+
+    /// Returns the index of the entry that owns each of a few hashes.
+    fn entries_of(ring: &HashRing) -> Vec<u32> {
+        let first = |hash: u64| ring.endpoints(mix(hash), 128).next();
+        let hashes = 0..2_000;
+        hashes
+            .map(|hash| first(hash).expect("an endpoint").first)
+            .collect()
+    }
+
+    #[test]
+    fn without_a_budget_only_the_slots_of_a_removed_endpoint_move() {
+        let mut all = names(20);
+        all.sort_unstable();
+        let mut builder = HashRingBuilder::default();
+        let before = entries_of(&build(&mut builder, all.iter().copied()));
+        let mut none = RingBudget::new(0);
+        // The removed endpoint is the last one, and a new endpoint takes its index in the ready set.
+        let added = (7, 1);
+        let changed = all[..19].iter().copied().chain([added]);
+        let stale = builder.build(changed.clone(), &mut none);
+        assert!(stale.is_stale() && none.is_exceeded());
+        let (mut heirs, mut moved) = (std::collections::BTreeSet::new(), 0);
+        for (before, after) in before.iter().zip(entries_of(&stale)) {
+            assert!(*before == after || *before == 19);
+            if *before == 19 {
+                assert!(after < 19, "the new endpoint owns no slot yet");
+                heirs.insert(after);
+                moved += 1;
+            }
+        }
+        assert!(heirs.len() > 15, "{moved} hashes have moved to {heirs:?}");
+        assert_eq!(stale.total_weight, 20);
+        // The endpoint that returns has its slots again, without a computation.
+        let returned = builder.build(all.iter().copied(), &mut none);
+        assert!(!returned.is_stale());
+        assert_eq!(entries_of(&returned), before);
+        let fresh = build(&mut builder, changed.clone());
+        let of_new = build(&mut HashRingBuilder::default(), changed);
+        assert_eq!(entries_of(&fresh), entries_of(&of_new));
+    }
+
+    #[test]
+    fn the_table_of_owners_is_as_small_as_the_number_of_endpoints_permits() {
+        let mut owners = vec![255_u32; SLOTS];
+        assert!(matches!(Owners::new(&owners), Owners::Few(_)));
+        owners[SLOTS - 1] = 256;
+        let many = Owners::new(&owners);
+        assert!(matches!(many, Owners::Many(_)));
+        assert_eq!((many.of(0), many.of(SLOTS - 1)), (Some(255), Some(256)));
+        owners[0] = 1 << 16;
+        let very_many = Owners::new(&owners);
+        assert!(matches!(very_many, Owners::VeryMany(_)));
+        assert_eq!(very_many.of(0), Some(1 << 16));
+        assert_eq!(Owners::default().of(7), None);
+    }
+
+    /// Prints the time that the computation of the owners takes: `cargo test --release -- --ignored --nocapture owners_take`.
+    #[test]
+    #[ignore = "a measurement"]
+    fn owners_take_a_few_milliseconds() {
+        for count in [2, 10, 100, 1_000, 10_000] {
+            let mut all = names(count);
+            all.sort_unstable();
+            let start = tokio::time::Instant::now();
+            let len = owners(&all).len();
+            let took = tokio::time::Instant::now().saturating_duration_since(start);
+            println!("{count} endpoints: {took:?} for {len} slots");
+        }
     }
 }

@@ -49,7 +49,7 @@ mod tests {
     use std::sync::atomic::{AtomicU32, Ordering};
 
     use super::super::hash_key::hash;
-    use super::super::hash_ring::Name;
+    use super::super::hash_ring::{Name, RingBudget};
     use super::super::picker::LbPolicy;
     use super::super::ready_set::ReadySetBuilder;
     use super::*;
@@ -79,7 +79,8 @@ mod tests {
     }
 
     fn set(endpoints: u32) -> (Vec<Arc<Fake>>, ReadySet<Arc<Fake>>) {
-        let mut builder = ReadySetBuilder::new(false).with_ring(|fake: &Arc<Fake>| fake.name);
+        let mut builder = ReadySetBuilder::new(false);
+        builder.set_ring(Some(|fake: &Arc<Fake>| fake.name));
         let fakes: Vec<_> = (0..endpoints)
             .map(|index| {
                 Arc::new(Fake {
@@ -92,7 +93,7 @@ mod tests {
         for (index, fake) in (0..).zip(&fakes) {
             builder.insert(index, Arc::clone(fake), 1);
         }
-        let set = builder.freeze();
+        let set = builder.freeze_with_ring(&mut RingBudget::new(1));
         (fakes, set)
     }
 

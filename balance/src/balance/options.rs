@@ -3,10 +3,12 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use http::HeaderName;
+
 use super::outlier::OutlierDetection;
 use super::pick_policy::ProvidedPolicy;
 use super::picker::LbPolicy;
-use super::traffic_split::TrafficSplit;
+use super::traffic_split::{TrafficSplit, TrafficSplits};
 use crate::address::Address;
 use crate::metrics::ChannelMetrics;
 use crate::transport::health_client::HealthCheck;
@@ -15,6 +17,8 @@ use crate::transport::health_client::HealthCheck;
 #[derive(Clone, Debug)]
 pub(crate) struct Options {
     pub(crate) policy: LbPolicy,
+    /// The header whose value is the key of a call for the consistent hash.
+    pub(crate) hash_header: Option<HeaderName>,
     pub(crate) seed: Option<u64>,
     pub(crate) connections_per_endpoint: usize,
     pub(crate) max_backoff: Duration,
@@ -29,16 +33,37 @@ pub(crate) struct Options {
     pub(crate) zone: Option<Box<str>>,
     /// The policy that the program provides, if it provides one.
     pub(crate) pick_policy: Option<ProvidedPolicy>,
-    /// The traffic split; empty if there is none.
-    pub(crate) split: TrafficSplit,
+    /// The traffic splits of the program and of the service config.
+    pub(crate) splits: TrafficSplits,
     /// The instruments, if metrics are enabled.
     pub(crate) metrics: Option<Arc<ChannelMetrics>>,
+}
+
+impl Options {
+    /// Sets the options that can change while the channel runs.
+    pub(crate) fn set(&mut self, settings: Reconfiguration) {
+        let Reconfiguration {
+            policy,
+            hash_header,
+            split,
+            outlier_detection,
+            health_check,
+        } = settings;
+        self.policy = policy;
+        self.hash_header = hash_header;
+        self.splits.of_service_config = split;
+        self.outlier_detection = outlier_detection;
+        self.health_check = health_check;
+    }
 }
 
 /// The options that can change while the channel runs.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Reconfiguration {
     pub(crate) policy: LbPolicy,
+    pub(crate) hash_header: Option<HeaderName>,
+    /// The traffic split of the service config; empty if it has none.
+    pub(crate) split: TrafficSplit,
     pub(crate) outlier_detection: Option<OutlierDetection>,
     pub(crate) health_check: Option<HealthCheck>,
 }
@@ -57,6 +82,7 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             policy: LbPolicy::default(),
+            hash_header: None,
             seed: None,
             connections_per_endpoint: 1,
             max_backoff: MAX_BACKOFF,
@@ -67,7 +93,7 @@ impl Default for Options {
             on_refused: None,
             zone: None,
             pick_policy: None,
-            split: TrafficSplit::new(),
+            splits: TrafficSplits::default(),
             metrics: None,
         }
     }

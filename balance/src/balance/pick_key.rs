@@ -42,6 +42,11 @@ impl PickKey {
         }
     }
 
+    /// Returns whether the policy picks the endpoint by data of the call: by its hash, or with a policy of the program.
+    pub(crate) fn has_preference(&self) -> bool {
+        self.hash().is_some() || self.call().is_some()
+    }
+
     pub(super) fn hash(&self) -> Option<u64> {
         match self {
             Self::Detailed(details) => details.hash,

@@ -48,7 +48,8 @@ pub trait PickPolicy: Send + Sync + 'static {
     /// `endpoints` is never empty. It contains the ready endpoints that the call may use: those of its
     /// [`Select`](crate::channel::Select), or those of its part of the [traffic split](crate::channel::TrafficSplit). The same endpoints can
     /// have other indexes in the next call. The function is called in the task of the caller, for each attempt and each change while the call
-    /// waits, so it must not block.
+    /// waits, so it must not block. If all streams are in use, the call waits for any stream. When one becomes free, the function is called
+    /// once more; if it picks no endpoint with a free stream, the call uses that stream.
     fn pick(&self, call: &PickInfo, endpoints: &ReadyEndpoints<'_>) -> Option<usize>;
 }
 

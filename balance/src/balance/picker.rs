@@ -42,7 +42,8 @@ pub enum LbPolicy {
     ///
     /// All channels map a key to the same endpoint if they have the same ready endpoints with the same weights. Neither the order of the
     /// endpoints nor a restart changes the mapping. If an endpoint is removed or not ready, its keys are spread over all other endpoints,
-    /// and no other key moves. When the endpoint is ready again, its keys return. A new endpoint takes its share of keys from all others.
+    /// and no other key moves. When the endpoint is ready again, its keys return. A new endpoint takes its share of keys from all others. If
+    /// many endpoints change at once, the mapping of the keys that move is final after about 20 ms.
     ///
     /// The load is bounded: if an endpoint has as many calls in flight as 1.25 times its share by weight of all calls in flight on this
     /// channel, rounded up, the call is sent to the next endpoint in an order that depends on the key. So a single busy key cannot overload

@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::hash::Hash;
 use std::sync::Arc;
 
-use super::hash_ring::{HashRing, HashRingBuilder, Name};
+use super::hash_ring::{HashRing, HashRingBuilder, Name, RingBudget};
 use super::rotation::{Ranking, Rotation};
 
 /// The connections that can take calls at one moment.
@@ -210,10 +210,16 @@ impl<K, M> ReadySetBuilder<K, M> {
         }
     }
 
-    /// Adds a ring to the sets that are built. `name` returns the hash and the weight of the endpoint of an entry.
-    pub(crate) fn with_ring(mut self, name: fn(&M) -> Name) -> Self {
-        self.ring = Some((HashRingBuilder::default(), name));
-        self
+    /// Sets whether the sets have a ring, from the next [`freeze`](Self::freeze) on. `name` returns the hash and the weight of the endpoint
+    /// of an entry.
+    pub(crate) fn set_ring(&mut self, name: Option<fn(&M) -> Name>) {
+        if self.ring.is_some() != name.is_some() {
+            self.ring = name.map(|name| (HashRingBuilder::default(), name));
+        }
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.slots.is_empty()
     }
 }
 
@@ -313,7 +319,20 @@ impl<K: Clone + Eq + Hash, M: Clone> ReadySetBuilder<K, M> {
         }
     }
 
-    /// Returns the current set. Rebuilds only the chunks that have changed since the last call.
+    /// Returns the current set, with a ring if the policy uses hashes. Rebuilds only the chunks that have changed since the last call.
+    pub(super) fn freeze_with_ring(&mut self, budget: &mut RingBudget) -> ReadySet<M> {
+        let slots = &self.slots;
+        let ring = self.ring.as_mut().map(|(builder, name)| {
+            let names = slots.iter().map(|(_, slot)| name(&slot.connection));
+            builder.build(names, budget)
+        });
+        ReadySet {
+            ring,
+            ..self.freeze()
+        }
+    }
+
+    /// Returns the current set without a ring.
     pub(crate) fn freeze(&mut self) -> ReadySet<M> {
         self.chunks.truncate(self.slots.len().div_ceil(CHUNK));
         for index in std::mem::take(&mut self.stale) {
@@ -331,13 +350,8 @@ impl<K: Clone + Eq + Hash, M: Clone> ReadySetBuilder<K, M> {
         let uniform = self.weights.len() <= 1;
         let alias = || Alias::new(self.chunks.iter().map(|chunk| chunk.weight));
         let ranking = self.ranking.as_mut().filter(|_| !uniform);
-        let slots = &self.slots;
-        let ring = self.ring.as_mut().map(|(builder, name)| {
-            let names = slots.iter().map(|(_, slot)| name(&slot.connection));
-            builder.build(names)
-        });
         ReadySet {
-            ring,
+            ring: None,
             chunks: self.chunks.clone().into(),
             len: self.slots.len(),
             alias: (!uniform).then(alias),

@@ -18,8 +18,10 @@ use crate::attributes::{Attributes, VERSION};
 /// The labels are those of the [`Attributes`]. For an instance of `tonic-etcd`, they are its metadata, its version (`version`) and its zone
 /// (`zone`).
 ///
-/// The channel keeps a set of endpoints for each selection that is in use, at most 1 024. The first call with a selection searches all
-/// endpoints. A set that no call has used for 30 s is dropped.
+/// The channel keeps a set of endpoints for each selection that is in use, at most 1 024, or 256 with
+/// [`LbPolicy::RingHash`](crate::LbPolicy::RingHash). The first call with a selection searches all endpoints. If the policy needs data of the
+/// call (`RingHash` or a [`PickPolicy`](crate::channel::PickPolicy)), the call waits until the set is made. A set that no call has used for
+/// 30 s is dropped.
 ///
 /// ```
 /// use tonic_balance::channel::Select;

@@ -4,7 +4,8 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, ArcSwapOption, Guard};
+use http::HeaderName;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
@@ -23,8 +24,9 @@ use super::ready_set::ReadySet;
 use super::select::Criterion;
 use super::snapshot::{Picking, Published, Snapshot};
 use super::stream_queue::Waiters;
+use super::subsets::SplitDraw;
 use super::summary::Summary;
-use super::traffic_split::TrafficSplit;
+use super::traffic_split::{TrafficSplit, TrafficSplits};
 use super::wanted::Wanted;
 use crate::address::Address;
 use crate::transport::connect::{Connector, DialError, DialHistory};
@@ -58,9 +60,17 @@ pub(crate) struct Shared {
     ended: OnceLock<Arc<str>>,
     /// Endpoints whose responses are not gRPC, as reported by calls.
     not_grpc: Mutex<Vec<Arc<Endpoint>>>,
-    /// A new traffic split, until the driver has applied it.
-    split: Mutex<Option<TrafficSplit>>,
+    splits: Mutex<Splits>,
+    /// The header whose value is the key of a call for the consistent hash.
+    hash_header: ArcSwapOption<HeaderName>,
     pub(super) started: Instant,
+}
+
+/// The traffic splits that are set, and the one that the driver has applied.
+#[derive(Debug)]
+struct Splits {
+    set: TrafficSplits,
+    applied: TrafficSplit,
 }
 
 impl Shared {
@@ -72,7 +82,11 @@ impl Shared {
             call_waits: AtomicBool::new(false),
             ended: OnceLock::new(),
             not_grpc: Mutex::new(Vec::new()),
-            split: Mutex::new(None),
+            splits: Mutex::new(Splits {
+                set: options.splits.clone(),
+                applied: options.splits.current().clone(),
+            }),
+            hash_header: ArcSwapOption::new(options.hash_header.clone().map(Arc::new)),
             published: ArcSwap::from_pointee(Published::new(options)),
             changed: Notify::new(),
             demand: Arc::clone(&demand),
@@ -96,6 +110,7 @@ impl Shared {
     pub(crate) fn pick(
         &self,
         key: &PickKey,
+        draw: &SplitDraw,
         usable: impl Fn(&Arc<ReadyConnection>) -> bool,
     ) -> Pick<Permit> {
         let published = self.published.load();
@@ -105,14 +120,19 @@ impl Shared {
             let picked = published.picker.pick(&published.ready, usable, SCAN_LIMIT);
             return picked.map(|entry| Permit::reserved(entry.connection()));
         }
-        Snapshot::new(&self.picking, published, key, SCAN_LIMIT).pick(usable)
+        Snapshot::new(&self.picking, published, key, draw, SCAN_LIMIT).pick(usable)
     }
 
     /// Returns the published state. A pick from it draws a few connections. If none of them can take the call, the pick scans at most
     /// `scan_limit` slots of the set.
-    pub(crate) fn snapshot<'a>(&'a self, key: &'a PickKey, scan_limit: usize) -> Snapshot<'a> {
+    pub(crate) fn snapshot<'a>(
+        &'a self,
+        key: &'a PickKey,
+        draw: &'a SplitDraw,
+        scan_limit: usize,
+    ) -> Snapshot<'a> {
         let published = self.published.load();
-        Snapshot::new(&self.picking, published, key, scan_limit)
+        Snapshot::new(&self.picking, published, key, draw, scan_limit)
     }
 
     /// Returns whether picks use data of the call even if the call selects no endpoints.
@@ -134,31 +154,47 @@ impl Shared {
         self.uses_hashes.store(uses_hashes, Ordering::Relaxed);
     }
 
-    /// Removes and returns the criteria for which calls have requested a ready set.
-    pub(super) fn take_wanted(&self) -> Vec<Criterion> {
-        self.picking.wanted.take()
+    /// Removes and returns criteria for which calls have requested a ready set, at most `limit`.
+    pub(super) fn take_wanted(&self, limit: usize) -> Vec<Criterion> {
+        self.picking.wanted.take(limit)
     }
 
-    /// Replaces the traffic split. Calls use the new split as soon as the driver has published its ready sets.
+    /// Returns the header whose value is the key of a call for the consistent hash.
+    pub(crate) fn hash_header(&self) -> Guard<Option<Arc<HeaderName>>> {
+        self.hash_header.load()
+    }
+
+    pub(super) fn set_hash_header(&self, header: Option<HeaderName>) {
+        self.hash_header.store(header.map(Arc::new));
+    }
+
+    /// Replaces the traffic split of the program. Calls use the new split as soon as the driver has published its ready sets.
     pub(crate) fn set_split(&self, split: TrafficSplit) {
-        *lock(&self.split) = Some(split);
+        lock(&self.splits).set.of_program = split;
         self.demand.notify_one();
     }
 
-    /// Returns whether the driver has published the ready sets of the last traffic split.
-    #[cfg(test)]
-    pub(crate) fn has_applied_split(&self) -> bool {
-        lock(&self.split).is_none()
+    /// Replaces the traffic split of the service config.
+    pub(super) fn set_split_of_service_config(&self, split: TrafficSplit) {
+        lock(&self.splits).set.of_service_config = split;
     }
 
-    /// Returns the new traffic split, if the driver has not applied it yet.
+    /// Returns whether the driver has published the ready sets of the current traffic split.
+    #[cfg(test)]
+    pub(crate) fn has_applied_split(&self) -> bool {
+        self.new_split().is_none()
+    }
+
+    /// Returns the current traffic split, if the driver has not applied it yet.
     pub(super) fn new_split(&self) -> Option<TrafficSplit> {
-        lock(&self.split).clone()
+        let splits = lock(&self.splits);
+        let current = splits.set.current();
+        (*current != splits.applied).then(|| current.clone())
     }
 
     /// Records that the driver has applied a traffic split.
-    pub(super) fn on_split_applied(&self, split: &TrafficSplit) {
-        lock(&self.split).take_if(|new| new == split);
+    pub(super) fn on_split_applied(&self, split: TrafficSplit) {
+        lock(&self.splits).applied = split;
     }
 
     /// Returns the summary of the published state.

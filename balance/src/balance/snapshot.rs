@@ -1,5 +1,6 @@
 //! One published state, from which a call picks.
 
+use std::cell::Cell;
 use std::sync::Arc;
 
 use arc_swap::Guard;
@@ -13,7 +14,8 @@ use super::picker::{Candidate, Pick, Picker};
 use super::ready_connection::{ReadyConnection, ReadyEntry};
 use super::ready_set::ReadySet;
 use super::select::Select;
-use super::subsets::{SplitPart, Subset, Subsets};
+use super::stream_queue::Awaited;
+use super::subsets::{Split, SplitDraw, Subset, Subsets};
 use super::summary::Summary;
 use super::wanted::Wanted;
 
@@ -32,7 +34,8 @@ impl Published {
     pub(super) fn new(options: &Options) -> Self {
         Self {
             ready: ReadySet::default(),
-            subsets: None,
+            // The calls that are made before the first publication must not be sent to a part of the split that gets no calls.
+            subsets: Subsets::unready(options.splits.current()),
             summary: Summary::default(),
             picker: Arc::new(Picker::new(options.policy, options.seed)),
         }
@@ -61,6 +64,9 @@ pub(crate) struct Snapshot<'a> {
     picking: &'a Picking,
     published: Guard<Arc<Published>>,
     key: &'a PickKey,
+    draw: &'a SplitDraw,
+    /// The part of the traffic split whose streams were all in use at the last pick.
+    full_part: Cell<Option<usize>>,
     scan_limit: usize,
 }
 
@@ -69,12 +75,15 @@ impl<'a> Snapshot<'a> {
         picking: &'a Picking,
         published: Guard<Arc<Published>>,
         key: &'a PickKey,
+        draw: &'a SplitDraw,
         scan_limit: usize,
     ) -> Self {
         Self {
             picking,
             published,
             key,
+            draw,
+            full_part: Cell::new(None),
             scan_limit,
         }
     }
@@ -99,6 +108,10 @@ impl<'a> Snapshot<'a> {
         if let Some(select) = key.select() {
             let picked = match self.subset(select) {
                 Some(subset) => self.pick_from(&subset.ready, &usable),
+                None if self.awaits_set() => {
+                    self.picking.wanted.push(select.criterion());
+                    return Pick::Empty;
+                }
                 None => self.search(select, &usable),
             };
             let has_none = matches!(picked, Pick::Empty | Pick::Excluded);
@@ -107,7 +120,7 @@ impl<'a> Snapshot<'a> {
             }
         }
         match self.split() {
-            Some(parts) => self.pick_part(parts, &usable),
+            Some(split) => self.pick_part(split, &usable),
             None => self.pick_from(&self.published.ready, &usable),
         }
     }
@@ -138,6 +151,16 @@ impl<'a> Snapshot<'a> {
         }
     }
 
+    /// Returns whether the call must wait until the driver has published the set of its selection. The policy of the program and the
+    /// consistent hash pick from a set. A search would ignore them, for each call of a caller with few calls, because a set that is not used
+    /// is dropped.
+    pub(crate) fn awaits_set(&self) -> bool {
+        let Some(select) = self.key.select().filter(|_| self.key.has_preference()) else {
+            return false;
+        };
+        self.summary().ended.is_none() && self.subset(select).is_none()
+    }
+
     /// Searches all ready endpoints for a selection that has no set yet, and requests a set for later calls.
     #[cold]
     fn search(&self, select: &Select, usable: &impl Fn(&ReadyEntry) -> bool) -> Pick<&ReadyEntry> {
@@ -158,28 +181,63 @@ impl<'a> Snapshot<'a> {
     /// there, picks from the other parts.
     fn pick_part<'s>(
         &self,
-        parts: &'s [SplitPart],
+        split: &'s Split,
         usable: &impl Fn(&ReadyEntry) -> bool,
     ) -> Pick<&'s ReadyEntry> {
+        let parts = &split.parts;
         if parts.is_empty() {
             return Pick::Empty;
         }
-        let drawn = Subsets::draw(parts, self.published.picker.random());
-        let mut outcome = Pick::Excluded;
+        let word = self.draw.word(|| self.published.picker.random());
+        let drawn = split.draw(word);
         for step in 0..parts.len() {
-            let Some(part) = parts.get((drawn + step) % parts.len()) else {
+            let index = (drawn + step) % parts.len();
+            let Some(part) = parts.get(index) else {
                 break;
             };
             match self.pick_from(&part.subset.ready, usable) {
                 Pick::Excluded | Pick::Empty => {}
-                // The call waits for a stream instead of changing the shares of the parts.
-                picked => {
-                    outcome = picked;
-                    break;
+                Pick::Full => {
+                    // The call waits for a stream instead of changing the shares of the parts.
+                    self.full_part.set(Some(index));
+                    return Pick::Full;
                 }
+                taken @ Pick::Taken(_) => return taken,
             }
         }
-        outcome
+        Pick::Excluded
+    }
+
+    /// Returns the endpoints for a stream of which the call waits, if the last pick has found no free one.
+    pub(crate) fn awaited(&self) -> Awaited {
+        let select = self.key.select();
+        if let Some(select) = self.strict_selection() {
+            return Some([select.criterion().clone()].into());
+        }
+        let split = self.split()?;
+        let full = self.full_part.get();
+        let full = full.and_then(|index| split.parts.get(index));
+        let parts = full.map_or(&split.weighted, |part| &part.criterion);
+        Some(match select {
+            Some(select) => {
+                let selected = std::iter::once(select.criterion());
+                selected.chain(&**parts).cloned().collect()
+            }
+            None => Arc::clone(parts),
+        })
+    }
+
+    /// Returns whether the call waits for endpoints that are all last resorts. The wait queue hands over no stream of them while other
+    /// endpoints of the channel are ready.
+    pub(crate) fn awaits_last_resorts(&self) -> bool {
+        let selected = self.key.select().and_then(|select| self.subset(select));
+        let of_part = || {
+            let split = self.split()?;
+            let part = split.parts.get(self.full_part.get()?)?;
+            Some(&*part.subset)
+        };
+        let subset = selected.or_else(of_part);
+        subset.is_some_and(|subset| subset.is_last_resort && subset.ready.len() > 0)
     }
 
     fn subset(&self, select: &Select) -> Option<&Subset> {
@@ -193,8 +251,8 @@ impl<'a> Snapshot<'a> {
         Some(subset)
     }
 
-    fn split(&self) -> Option<&[SplitPart]> {
-        self.published.subsets.as_ref()?.split.as_deref()
+    fn split(&self) -> Option<&Split> {
+        self.published.subsets.as_ref()?.split.as_ref()
     }
 
     /// Returns the selection of the call, if the call can be sent only to the selected endpoints.
@@ -218,19 +276,54 @@ impl<'a> Snapshot<'a> {
         }
     }
 
-    /// Explains why no endpoint can take the call, if the reason is its selection or the traffic split.
-    /// `endpoints` contains all endpoints.
-    pub(crate) fn explain(&self, endpoints: &[Arc<Endpoint>]) -> Option<String> {
+    /// Explains why no endpoint can take the call, if the reason is its selection or the traffic split. `endpoints` returns all endpoints. It
+    /// is only called for a selection, because it copies the whole list.
+    pub(crate) fn explain(&self, endpoints: impl FnOnce() -> Vec<Arc<Endpoint>>) -> Option<String> {
         let Some(select) = self.strict_selection() else {
             let is_unsplit = self.split().is_none() || self.published.ready.len() == 0;
             return (!is_unsplit)
                 .then(|| "no part of the traffic split has a ready endpoint".to_owned());
         };
+        let endpoints = endpoints();
         let attributes: Vec<_> = endpoints.iter().map(|one| one.attributes()).collect();
         let endpoints = endpoints
             .iter()
             .zip(&attributes)
             .map(|(endpoint, attributes)| (endpoint.address(), &***attributes));
         Some(select.criterion().explain(endpoints))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use arc_swap::ArcSwap;
+    use tokio::sync::Notify;
+
+    use super::super::pick_key::Details;
+    use super::*;
+
+    #[test]
+    fn the_endpoints_are_listed_only_to_explain_a_selection() {
+        let options = Options::default();
+        let published = ArcSwap::from_pointee(Published::new(&options));
+        let picking = Picking {
+            pick_policy: None,
+            wanted: Wanted::new(Arc::new(Notify::new())),
+        };
+        let draw = SplitDraw::default();
+        let explain = |select: Option<Select>, endpoints: fn() -> Vec<Arc<Endpoint>>| {
+            let key = PickKey::new(Details {
+                select,
+                hash: None,
+                call: None,
+            });
+            Snapshot::new(&picking, published.load(), &key, &draw, 1).explain(endpoints)
+        };
+        let unlisted: fn() -> Vec<Arc<Endpoint>> = || unreachable!("a copy of all endpoints");
+        assert_eq!(explain(None, unlisted), None);
+        let any = Select::version("1.2").or_any();
+        assert_eq!(explain(Some(any), unlisted), None);
+        let explained = explain(Some(Select::version("1.2")), Vec::new);
+        assert!(explained.is_some_and(|text| text.contains("1.2")));
     }
 }

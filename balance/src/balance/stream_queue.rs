@@ -10,7 +10,7 @@ use std::task::{Poll, Waker};
 
 use super::permit::Permit;
 use super::ready_connection::{Queue, ReadyConnection};
-use super::select::Select;
+use super::select::Criterion;
 use crate::address::Address;
 
 /// The wait queue of a channel.
@@ -18,10 +18,13 @@ use crate::address::Address;
 pub(crate) struct Waiters {
     waiting: AtomicUsize,
     limit: usize,
-    /// The number of calls that have ever joined the queue.
+    /// The number of calls that have ever joined the queue, or have begun to wait for other endpoints.
     joined: AtomicU64,
-    queue: Mutex<VecDeque<Arc<Waiter>>>,
+    queue: Mutex<Lanes>,
 }
+
+/// The endpoints for a stream of which a call waits: those that match one of these criteria, or all endpoints if it is `None`.
+pub(crate) type Awaited = Option<Arc<[Criterion]>>;
 
 /// Connections and endpoints that a call must not use.
 #[derive(Clone, Debug, Default)]
@@ -31,8 +34,6 @@ pub(crate) struct Exclusions {
     /// again after more bytes were read from it.
     pub(crate) silent: Vec<(Arc<ReadyConnection>, u64)>,
     pub(crate) endpoints: Vec<Address>,
-    /// The call can use only the endpoints that this selection matches.
-    pub(crate) select: Option<Select>,
 }
 
 impl Exclusions {
@@ -44,11 +45,113 @@ impl Exclusions {
         !self.connections.iter().any(is_same)
             && !self.silent.iter().any(silent)
             && !self.endpoints.contains(connection.endpoint().address())
-            && self.select.as_ref().is_none_or(|select| {
-                let endpoint = connection.endpoint();
-                let attributes = endpoint.attributes();
-                select.criterion().matches(endpoint.address(), &attributes)
-            })
+    }
+}
+
+/// The waiting calls, in one lane for each set of endpoints that calls wait for. A stream is compared with each lane and not with each call:
+/// while thousands of calls wait for one part of a traffic split, each stream of another part passes over all of them.
+#[derive(Debug, Default)]
+struct Lanes {
+    all: Vec<Lane>,
+    /// The number of calls in all lanes, including calls that no longer wait.
+    len: usize,
+    /// The number of the next call. Numbers give the order of arrival across the lanes.
+    next: u64,
+}
+
+/// The calls that wait for the same endpoints, in order of arrival.
+#[derive(Debug)]
+struct Lane {
+    awaited: Awaited,
+    waiters: VecDeque<(u64, Arc<Waiter>)>,
+}
+
+impl Lane {
+    fn matches(&self, connection: &ReadyConnection) -> bool {
+        let endpoint = connection.endpoint();
+        self.awaited.as_deref().is_none_or(|criteria| {
+            let attributes = endpoint.attributes();
+            let mut criteria = criteria.iter();
+            criteria.any(|criterion| criterion.matches(endpoint.address(), &attributes))
+        })
+    }
+}
+
+impl Lanes {
+    fn push(&mut self, awaited: &Awaited, waiter: Arc<Waiter>) -> u64 {
+        let number = self.next;
+        self.next += 1;
+        self.insert(awaited, number, waiter);
+        number
+    }
+
+    /// Adds a call to the lane of these endpoints, at the place of its number.
+    fn insert(&mut self, awaited: &Awaited, number: u64, waiter: Arc<Waiter>) {
+        let mut lanes = self.all.iter();
+        let index = lanes.position(|lane| lane.awaited == *awaited);
+        let index = index.unwrap_or_else(|| {
+            self.all.push(Lane {
+                awaited: awaited.clone(),
+                waiters: VecDeque::new(),
+            });
+            self.all.len() - 1
+        });
+        if let Some(lane) = self.all.get_mut(index) {
+            let at = lane.waiters.partition_point(|(other, _)| *other < number);
+            lane.waiters.insert(at, (number, waiter));
+            self.len += 1;
+        }
+    }
+
+    /// Removes a call from the lane of these endpoints.
+    fn take(&mut self, awaited: &Awaited, number: u64) -> Option<Arc<Waiter>> {
+        let mut lanes = self.all.iter();
+        let index = lanes.position(|lane| lane.awaited == *awaited)?;
+        let waiters = &self.all.get(index)?.waiters;
+        let at = waiters.binary_search_by_key(&number, |(number, _)| *number);
+        self.remove(index, at.ok()?)
+    }
+
+    fn remove(&mut self, lane: usize, index: usize) -> Option<Arc<Waiter>> {
+        let waiters = &mut self.all.get_mut(lane)?.waiters;
+        let (_, waiter) = waiters.remove(index)?;
+        self.len -= 1;
+        if waiters.is_empty() {
+            self.all.swap_remove(lane);
+        }
+        Some(waiter)
+    }
+
+    /// Removes the calls that no longer wait.
+    fn retain_waiting(&mut self) {
+        for lane in &mut self.all {
+            lane.waiters.retain(|(_, waiter)| waiter.waits());
+        }
+        self.all.retain(|lane| !lane.waiters.is_empty());
+        self.len = self.all.iter().map(|lane| lane.waiters.len()).sum();
+    }
+
+    /// Returns the place of the first call that can use a stream of this connection: the index of its lane, and its index in the lane.
+    fn first(&mut self, connection: &Arc<ReadyConnection>) -> Option<(usize, usize)> {
+        let mut first: Option<(u64, usize, usize)> = None;
+        for (index, lane) in self.all.iter_mut().enumerate() {
+            if !lane.matches(connection) {
+                continue;
+            }
+            // Calls often end their wait in the order of arrival, at their deadlines.
+            while lane.waiters.front().is_some_and(|(_, call)| !call.waits()) {
+                lane.waiters.pop_front();
+                self.len -= 1;
+            }
+            let mut calls = lane.waiters.iter().enumerate();
+            let call = calls.find(|(_, (_, call))| call.allows(connection));
+            if let Some((at, (number, _))) = call
+                && first.is_none_or(|(earliest, ..)| *number < earliest)
+            {
+                first = Some((*number, index, at));
+            }
+        }
+        first.map(|(_, lane, index)| (lane, index))
     }
 }
 
@@ -74,6 +177,18 @@ impl Waiter {
         // No code panics while it holds this lock.
         self.handover.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    fn waits(&self) -> bool {
+        matches!(*self.lock(), Handover::Waiting { .. })
+    }
+
+    /// Returns whether the call waits and does not exclude this connection.
+    fn allows(&self, connection: &Arc<ReadyConnection>) -> bool {
+        match &*self.lock() {
+            Handover::Waiting { exclusions, .. } => exclusions.allow(connection),
+            Handover::Given(_) | Handover::Done => false,
+        }
+    }
 }
 
 impl Waiters {
@@ -82,12 +197,16 @@ impl Waiters {
             waiting: AtomicUsize::new(0),
             limit,
             joined: AtomicU64::new(0),
-            queue: Mutex::new(VecDeque::new()),
+            queue: Mutex::default(),
         }
     }
 
-    /// Adds a call to the queue. Returns `None` if the queue is full.
-    pub(crate) fn join(self: &Arc<Self>, exclusions: Exclusions) -> Option<Waiting> {
+    /// Adds a call to the queue, which waits for a stream of these endpoints. Returns `None` if the queue is full.
+    pub(crate) fn join(
+        self: &Arc<Self>,
+        exclusions: Exclusions,
+        awaited: Awaited,
+    ) -> Option<Waiting> {
         // SeqCst: see `Load::acquire`. From here on, `release` looks for waiters. If it looks before this call is in the queue, it releases
         // the stream, and then offers the stream if `joined` has changed. If `joined` changes only later, this call finds the free stream,
         // because it searches the ready set after it has joined.
@@ -103,15 +222,17 @@ impl Waiters {
             }),
         });
         let mut queue = self.lock();
-        if queue.len() > 2 * waiting + MAX_STALE {
-            queue.retain(|waiter| matches!(*waiter.lock(), Handover::Waiting { .. }));
+        if queue.len > 2 * waiting + MAX_STALE {
+            queue.retain_waiting();
         }
-        queue.push_back(Arc::clone(&waiter));
+        let number = queue.push(&awaited, Arc::clone(&waiter));
         drop(queue);
         self.joined.fetch_add(1, Ordering::SeqCst);
         Some(Waiting {
             waiters: Arc::clone(self),
             waiter,
+            number,
+            awaited,
         })
     }
 
@@ -127,35 +248,30 @@ impl Waiters {
     /// Gives a stream that is already reserved to the first waiter that can use it. Returns false if there is no such waiter.
     fn hand_over(&self, connection: &Arc<ReadyConnection>) -> bool {
         let mut queue = self.lock();
-        let mut index = 0;
-        while let Some(waiter) = queue.get(index).map(Arc::clone) {
+        while let Some((lane, index)) = queue.first(connection) {
+            let Some(waiter) = queue.remove(lane, index) else {
+                return false;
+            };
             let mut handover = waiter.lock();
-            match &mut *handover {
-                Handover::Waiting { waker, exclusions } if exclusions.allow(connection) => {
-                    let waker = waker.take();
-                    let given = Handover::Given(Permit::reserved(connection));
-                    let before = std::mem::replace(&mut *handover, given);
-                    drop(handover);
-                    queue.remove(index);
-                    drop(queue);
-                    // Dropped outside the locks, because `before` may hold the last reference to a connection.
-                    drop(before);
-                    if let Some(waker) = waker {
-                        waker.wake();
-                    }
-                    return true;
+            // The call may have ended its wait since `first` has looked at it. The next call is then tried.
+            if let Handover::Waiting { waker, .. } = &mut *handover {
+                let waker = waker.take();
+                let given = Handover::Given(Permit::reserved(connection));
+                let before = std::mem::replace(&mut *handover, given);
+                drop(handover);
+                drop(queue);
+                // Dropped outside the locks, because `before` may hold the last reference to a connection.
+                drop(before);
+                if let Some(waker) = waker {
+                    waker.wake();
                 }
-                Handover::Waiting { .. } => index += 1,
-                Handover::Given(_) | Handover::Done => {
-                    drop(handover);
-                    queue.remove(index);
-                }
+                return true;
             }
         }
         false
     }
 
-    fn lock(&self) -> MutexGuard<'_, VecDeque<Arc<Waiter>>> {
+    fn lock(&self) -> MutexGuard<'_, Lanes> {
         // No code panics while it holds this lock.
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -200,9 +316,29 @@ impl Queue for Waiters {
 pub(crate) struct Waiting {
     waiters: Arc<Waiters>,
     waiter: Arc<Waiter>,
+    /// The place in the order of arrival.
+    number: u64,
+    awaited: Awaited,
 }
 
 impl Waiting {
+    /// Sets the endpoints that the call waits for. The call keeps its place in the order of arrival. If it returns true, the endpoints have
+    /// changed, and the call must search the ready set once more for streams that became free earlier.
+    pub(crate) fn set_awaited(&mut self, awaited: Awaited) -> bool {
+        if self.awaited == awaited {
+            return false;
+        }
+        let mut queue = self.waiters.lock();
+        if let Some(waiter) = queue.take(&self.awaited, self.number) {
+            queue.insert(&awaited, self.number, waiter);
+        }
+        drop(queue);
+        self.awaited = awaited;
+        // As in `join`: a stream that was offered before this change is offered once more, or the call finds it in the ready set.
+        self.waiters.joined.fetch_add(1, Ordering::SeqCst);
+        true
+    }
+
     /// Waits for a permit.
     ///
     /// # Cancel safety

@@ -1,6 +1,7 @@
 //! The traffic split: the shares of the calls that groups of endpoints get.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 
 use super::select::Criterion;
 use crate::attributes::VERSION;
@@ -16,7 +17,9 @@ use crate::attributes::VERSION;
 /// side: if only the canary is ready, it gets all calls. An endpoint of a part with the weight 0, or of no part, gets no calls at all. If no
 /// part with a weight has a ready endpoint, calls fail or wait as if no endpoint were ready.
 ///
-/// The split can be changed while the channel is in use, see [`BalancedChannel::set_split`](crate::BalancedChannel::set_split).
+/// The split can be changed while the channel is in use: by the program, see
+/// [`BalancedChannel::set_split`](crate::BalancedChannel::set_split), or by the owner of the service, in its
+/// [service config](crate::channel::ServiceConfig).
 ///
 /// ```no_run
 /// use tonic_balance::BalancedChannel;
@@ -104,6 +107,15 @@ impl TrafficSplit {
             .then(|| "all weights of the traffic split are 0, so no call could be sent".to_owned())
     }
 
+    /// Returns the criteria of the parts that have a weight. An endpoint that matches none of them gets no calls.
+    pub(super) fn weighted(&self) -> Arc<[Criterion]> {
+        let weighted = self
+            .criteria()
+            .into_iter()
+            .filter(|(_, weight)| *weight > 0);
+        weighted.map(|(criterion, _)| criterion).collect()
+    }
+
     /// Returns the criterion and the weight of each part.
     pub(crate) fn criteria(&self) -> Vec<(Criterion, u32)> {
         let selected = self.parts.iter().filter_map(|(part, _)| match part {
@@ -119,6 +131,27 @@ impl TrafficSplit {
         parts
             .map(|(part, weight)| (criterion(part), *weight))
             .collect()
+    }
+}
+
+/// The traffic splits that the program and the service config set. A split without parts stands for none.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct TrafficSplits {
+    pub(crate) of_program: TrafficSplit,
+    pub(crate) of_service_config: TrafficSplit,
+    /// Whether the split of the service config takes precedence.
+    pub(crate) prefers_service_config: bool,
+}
+
+impl TrafficSplits {
+    /// Returns the split that applies.
+    pub(super) fn current(&self) -> &TrafficSplit {
+        let (first, second) = if self.prefers_service_config {
+            (&self.of_service_config, &self.of_program)
+        } else {
+            (&self.of_program, &self.of_service_config)
+        };
+        if first.is_empty() { second } else { first }
     }
 }
 
@@ -144,6 +177,27 @@ mod tests {
             split.version(part.to_string(), 1)
         });
         assert!(invalid(many));
+    }
+
+    #[test]
+    fn the_split_that_takes_precedence_applies_unless_it_is_empty() {
+        let (program, config) = (TrafficSplit::new().rest(1), TrafficSplit::new().rest(2));
+        let current = |of_program: &TrafficSplit, of_service_config: &TrafficSplit, prefers| {
+            let splits = TrafficSplits {
+                of_program: of_program.clone(),
+                of_service_config: of_service_config.clone(),
+                prefers_service_config: prefers,
+            };
+            splits.current().clone()
+        };
+        let none = TrafficSplit::new();
+        assert_eq!(current(&program, &config, false), program);
+        assert_eq!(current(&program, &config, true), config);
+        for prefers in [false, true] {
+            assert_eq!(current(&program, &none, prefers), program);
+            assert_eq!(current(&none, &config, prefers), config);
+            assert_eq!(current(&none, &none, prefers), none);
+        }
     }
 
     #[test]

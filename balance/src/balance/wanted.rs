@@ -33,9 +33,15 @@ impl Wanted {
         self.demand.notify_one();
     }
 
-    /// Removes and returns all criteria.
-    pub(super) fn take(&self) -> Vec<Criterion> {
-        std::mem::take(&mut *self.lock())
+    /// Removes and returns the first criteria, at most `limit`. If others are left, wakes the driver once more.
+    pub(super) fn take(&self, limit: usize) -> Vec<Criterion> {
+        let mut criteria = self.lock();
+        let taken = criteria.len().min(limit);
+        let taken = criteria.drain(..taken).collect();
+        if !criteria.is_empty() {
+            self.demand.notify_one();
+        }
+        taken
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<Criterion>> {

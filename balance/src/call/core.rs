@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use http::request::Parts;
 use http::uri::{Authority, Scheme};
-use http::{HeaderName, HeaderValue, Response, Uri};
+use http::{HeaderValue, Response, Uri};
 
 use super::http_status;
 use super::live_config::LiveConfig;
@@ -31,8 +31,6 @@ pub(crate) struct Core {
     /// The default timeout of calls.
     pub(crate) timeout: Option<MethodTimeout>,
     pub(crate) wait_for_ready: bool,
-    /// The header whose value is the key of a call for the consistent hash.
-    pub(crate) hash_header: Option<HeaderName>,
     pub(crate) startup_timeout: Duration,
     /// The error message of a call if the set of endpoints is still unknown after the startup timeout.
     pub(crate) unknown: &'static str,
@@ -86,7 +84,8 @@ impl Core {
         if let Some(key) = head.extensions.get::<HashKey>() {
             return Some(key.hash());
         }
-        let mut values = head.headers.get_all(self.hash_header.as_ref()?).iter();
+        let header = self.shared().hash_header();
+        let mut values = head.headers.get_all(&**header.as_ref()?).iter();
         let first = values.next()?.as_bytes();
         let mut values = values.peekable();
         if values.peek().is_none() {

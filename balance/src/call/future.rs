@@ -28,7 +28,7 @@ use super::request_headers::{self, Headers};
 use super::retry_loop::{self, Retrying};
 use super::routing::Routing;
 use super::status;
-use crate::balance::Pick;
+use crate::balance::{Pick, SplitDraw};
 use crate::deadline::inherited_timeout;
 use crate::traces::CallTrace;
 use crate::transport::deadline::{self, Deadline};
@@ -314,8 +314,10 @@ impl State {
             let hedged = hedge(shared, request, kept, policy, deadline);
             return Ok(Self::Retry(channel, hedged));
         }
-        let mut history = History::default();
-        let (body, permit) = match channel.shared().pick(&request.pick_key, |_| true) {
+        let draw = SplitDraw::default();
+        let picked = channel.shared().pick(&request.pick_key, &draw, |_| true);
+        let mut history = History::with_draw(draw);
+        let (body, permit) = match picked {
             // The permit is kept, because a second pick would take a second turn in round robin.
             Pick::Taken(permit) if !needs_no_check(channel, request, &permit, now) => {
                 (body, Some(permit))

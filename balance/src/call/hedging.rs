@@ -157,7 +157,8 @@ impl Hedging {
     fn try_others(&mut self) -> Result<(), Status> {
         while self.may_send() {
             let Conclusion { core, call, .. } = &self.conclusion;
-            let snapshot = core.shared().snapshot(&call.pick_key, SCAN_LIMIT);
+            let shared = core.shared();
+            let snapshot = shared.snapshot(&call.pick_key, self.history.draw(), SCAN_LIMIT);
             let Pick::Taken(permit) = self.history.pick_new(&snapshot) else {
                 break;
             };

@@ -9,7 +9,7 @@ use super::routing::Routing;
 use super::status;
 use crate::address::Address;
 use crate::balance::{
-    Endpoint, Exclusions, Permit, Pick, PickKey, ReadyConnection, Snapshot, Summary,
+    Endpoint, Exclusions, Permit, Pick, ReadyConnection, Snapshot, SplitDraw, Summary,
 };
 
 /// The history of a call: the endpoints and connections that did not process the call in its current attempt, and the endpoints of its
@@ -42,6 +42,8 @@ pub(super) struct History {
     avoided: Vec<Address>,
     /// The caller's routing, if any. It receives the connection of each send.
     route: Option<Routing>,
+    /// The draw of the current attempt from the parts of the traffic split.
+    draw: SplitDraw,
 }
 
 /// The failure of one send.
@@ -60,6 +62,19 @@ impl History {
             route: Some(route),
             ..Self::default()
         }
+    }
+
+    /// Creates the history of a call whose first pick has already drawn its part of the traffic split.
+    pub(super) fn with_draw(draw: SplitDraw) -> Self {
+        Self {
+            draw,
+            ..Self::default()
+        }
+    }
+
+    /// Returns the draw of the current attempt from the parts of the traffic split.
+    pub(super) fn draw(&self) -> &SplitDraw {
+        &self.draw
     }
 
     /// Records the connection that the call was sent on, for its [`Routing`].
@@ -147,9 +162,10 @@ impl History {
         self.lost_private_connection || self.lost_connections >= MAX_LOST_CONNECTIONS
     }
 
-    /// Records an endpoint that later attempts use only if no other endpoint is ready.
+    /// Records an endpoint that later attempts use only if no other endpoint is ready. The next attempt draws its part of the traffic split.
     pub(super) fn avoid(&mut self, endpoint: &Endpoint) {
         self.avoided.push(endpoint.address().clone());
+        self.draw = SplitDraw::default();
     }
 
     /// Starts another attempt. `failed` is the endpoint at which the last attempt failed, if any. This endpoint, and the endpoints that
@@ -163,6 +179,7 @@ impl History {
         self.goaways = 0;
         self.last = None;
         self.private_dial_error = None;
+        self.draw = SplitDraw::default();
     }
 
     /// Returns true if the limit on transparent retries of this attempt is exceeded. The call then fails.
@@ -171,9 +188,8 @@ impl History {
     }
 
     /// Returns the exclusions of this call for the wait queue. The queue does not hand the call a stream of an excluded connection or
-    /// endpoint. With `avoid_used_endpoints`, all avoided endpoints are included. If the call can use only selected endpoints, all others are
-    /// excluded.
-    pub(super) fn exclusions(&self, key: &PickKey, avoid_used_endpoints: bool) -> Exclusions {
+    /// endpoint. With `avoid_used_endpoints`, all avoided endpoints are included.
+    pub(super) fn exclusions(&self, avoid_used_endpoints: bool) -> Exclusions {
         let endpoints = self.endpoints.iter();
         let mut endpoints: Vec<_> = endpoints
             .map(|endpoint| endpoint.address().clone())
@@ -185,7 +201,6 @@ impl History {
             connections: self.connections.clone(),
             silent: self.silent.clone(),
             endpoints,
-            select: key.select().filter(|select| !select.allows_any()).cloned(),
         }
     }
 

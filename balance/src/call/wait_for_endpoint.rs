@@ -10,7 +10,7 @@ use tonic::Status;
 use super::core::Core;
 use super::history::History;
 use super::status;
-use crate::balance::{Permit, Pick, PickKey, SCAN_LIMIT, Summary};
+use crate::balance::{Awaited, Permit, Pick, PickKey, SCAN_LIMIT, Summary, Waiting};
 use crate::traces::CallTrace;
 
 /// Picks a connection that the call has not tried, and waits until one is available. Returns an error if no such connection is expected to
@@ -29,92 +29,184 @@ pub(super) async fn wait_for_endpoint(
     if history.is_exhausted() {
         return Err(history.take_status(core, &shared.summary(), "refused"));
     }
-    let mut waiting = None;
-    let mut delays = Delays::new(trace);
-    // For a short time, the call waits for a stream of a full endpoint instead of using an endpoint where it has failed.
-    let mut avoid_until = history
-        .avoids()
-        .then(|| Instant::now() + UNUSED_ENDPOINT_WAIT);
-    let now = Instant::now();
-    // If a connection did not answer a check, the driver dials a second connection to its endpoint. The call waits for the second
-    // connection until this time. After this time, the call also accepts the silent connection.
-    let mut silent_until = history.has_silent().then(|| now + SILENT_CONNECTION_WAIT);
+    let mut wait = Wait::new(core, history, key, wait_for_ready, trace);
     loop {
         // Registers for notifications before the snapshot is loaded, so that no later change is missed.
         let changed = shared.changed().notified();
         tokio::pin!(changed);
         changed.as_mut().enable();
-        let until = {
-            // A stream that became free before this call joined the queue is not handed to the call: the call must find that stream in the
-            // ready set, the set of connections from which picks are made. All waiting calls share `SCAN_BUDGET`. If few calls wait, each
-            // scans all slots of the ready set; if many wait, each scans a part.
-            let scan_limit = if waiting.is_some() {
-                SCAN_BUDGET / shared.waiters().waiting().max(1)
-            } else {
-                0
-            };
-            let snapshot = shared.snapshot(key, scan_limit.max(SCAN_LIMIT));
-            delays.on_snapshot(snapshot.summary());
-            let next = match history.pick(&snapshot, avoid_until.is_some()) {
-                Pick::Taken(permit) => {
-                    delays.on_picked();
-                    return Ok(permit);
-                }
-                Pick::Excluded if history.is_refusal_final() => Next::fail("refused"),
-                Pick::Full | Pick::Excluded => {
-                    // If all selected endpoints are ejected, the queue does not hand over their streams, so the call looks again.
-                    let select_until = key.select().map(|_| Instant::now() + SELECTED_WAIT);
-                    let until = [avoid_until, silent_until, select_until];
-                    Next::Wait(until.into_iter().flatten().min())
-                }
-                Pick::Empty => {
-                    let (_, pending) = snapshot.endpoints_and_pending();
-                    let summary = Summary {
-                        pending,
-                        ..snapshot.summary().clone()
-                    };
-                    match Next::without_ready(core, &summary, wait_for_ready) {
-                        Next::Fail(why) if summary.has_endpoints() => {
-                            Next::Fail(snapshot.explain(&shared.known()).map_or(why, Into::into))
-                        }
-                        next => next,
-                    }
-                }
-            };
-            match next {
-                Next::Fail(why) => return Err(history.take_status(core, snapshot.summary(), &why)),
-                Next::Wait(until) => until,
+        let (until, awaited) = match wait.pick() {
+            Picked::Permit(permit) => {
+                wait.delays.on_picked();
+                return Ok(permit);
             }
+            Picked::Fail(summary, why) => {
+                return Err(wait.history.take_status(core, &summary, &why));
+            }
+            Picked::AwaitsSet => {
+                // The pick has woken the driver, which publishes the set. The call is not in the queue in the meantime: the queue would hand
+                // it a stream of any selected endpoint.
+                wait.queued = None;
+                wait.delays.has_waited = true;
+                changed.await;
+                continue;
+            }
+            Picked::None(until, awaited) => (until, awaited),
         };
         // Wakes the driver. If all streams of an endpoint are in use, the driver dials one more connection to it. The driver also dials the
         // resting subchannels, which wait until a call needs them.
         shared.demand();
-        let Some(queued) = &waiting else {
-            let waiters = shared.waiters();
-            let joined = waiters.join(history.exclusions(key, avoid_until.is_some()));
-            waiting = Some(joined.ok_or_else(|| status::wait_queue_full(core, waiters.limit()))?);
-            delays.has_waited = true;
+        if wait.join(awaited)? {
             // From now on, the queue hands streams that become free to this call. The next iteration searches the set for streams that
             // became free earlier.
+            continue;
+        }
+        let Some(queued) = &wait.queued else {
             continue;
         };
         tokio::select! {
             biased;
             permit = queued.permit() => {
-                delays.on_picked();
-                return Ok(permit);
+                wait.delays.on_picked();
+                return Ok(wait.prefer(permit));
             }
             () = changed => {}
             () = sleep_until(until) => {}
         }
-        if avoid_until.is_some_and(|until| until <= Instant::now()) {
-            avoid_until = None;
-            waiting = None;
+        wait.on_time(Instant::now());
+    }
+}
+
+/// The wait of one call.
+struct Wait<'a> {
+    core: &'a Core,
+    history: &'a mut History,
+    key: &'a PickKey,
+    waits_for_ready: bool,
+    delays: Delays<'a>,
+    /// The place of the call in the wait queue, once the call has joined it.
+    queued: Option<Waiting>,
+    /// Until this time, the call waits for a stream of a full endpoint instead of using an endpoint where it has failed.
+    avoid_until: Option<Instant>,
+    /// If a connection did not answer a check, the driver dials a second connection to its endpoint. The call waits for the second
+    /// connection until this time. After this time, the call also accepts the silent connection.
+    silent_until: Option<Instant>,
+}
+
+/// The result of one pick of a call that waits.
+enum Picked {
+    Permit(Permit),
+    /// No connection is available. The call waits for a change, for a stream of these endpoints, or until this time, and then picks again.
+    None(Option<Instant>, Awaited),
+    /// The call waits until the set of its selection is published, and then picks again.
+    AwaitsSet,
+    /// The call fails for this reason.
+    Fail(Summary, Arc<str>),
+}
+
+impl<'a> Wait<'a> {
+    fn new(
+        core: &'a Core,
+        history: &'a mut History,
+        key: &'a PickKey,
+        wait_for_ready: bool,
+        trace: Option<&'a CallTrace>,
+    ) -> Self {
+        let now = Instant::now();
+        Self {
+            avoid_until: history.avoids().then(|| now + UNUSED_ENDPOINT_WAIT),
+            silent_until: history.has_silent().then(|| now + SILENT_CONNECTION_WAIT),
+            core,
+            history,
+            key,
+            waits_for_ready: wait_for_ready,
+            delays: Delays::new(trace),
+            queued: None,
         }
-        if silent_until.is_some_and(|until| until <= Instant::now()) {
-            history.trust_silent();
-            silent_until = None;
-            waiting = None;
+    }
+
+    fn pick(&mut self) -> Picked {
+        let shared = self.core.shared();
+        // A stream that became free before this call joined the queue is not handed to the call: the call must find that stream in the
+        // ready set, the set of connections from which picks are made. All waiting calls share `SCAN_BUDGET`. If few calls wait, each
+        // scans all slots of the ready set; if many wait, each scans a part.
+        let scan_limit = if self.queued.is_some() {
+            SCAN_BUDGET / shared.waiters().waiting().max(1)
+        } else {
+            0
+        };
+        let draw = self.history.draw();
+        let snapshot = shared.snapshot(self.key, draw, scan_limit.max(SCAN_LIMIT));
+        self.delays.on_snapshot(snapshot.summary());
+        let next = match self.history.pick(&snapshot, self.avoid_until.is_some()) {
+            Pick::Taken(permit) => return Picked::Permit(permit),
+            _ if snapshot.awaits_set() => return Picked::AwaitsSet,
+            Pick::Excluded if self.history.is_refusal_final() => Next::fail("refused"),
+            Pick::Full | Pick::Excluded => {
+                let last_resorts = snapshot.awaits_last_resorts();
+                let again = last_resorts.then(|| Instant::now() + LAST_RESORT_POLL);
+                let until = [self.avoid_until, self.silent_until, again];
+                Next::Wait(until.into_iter().flatten().min())
+            }
+            Pick::Empty => {
+                let (_, pending) = snapshot.endpoints_and_pending();
+                let summary = Summary {
+                    pending,
+                    ..snapshot.summary().clone()
+                };
+                match Next::without_ready(self.core, &summary, self.waits_for_ready) {
+                    Next::Fail(why) if summary.has_endpoints() => {
+                        Next::Fail(snapshot.explain(|| shared.known()).map_or(why, Into::into))
+                    }
+                    next => next,
+                }
+            }
+        };
+        match next {
+            Next::Fail(why) => Picked::Fail(snapshot.summary().clone(), why),
+            Next::Wait(until) => Picked::None(until, snapshot.awaited()),
+        }
+    }
+
+    /// Joins the wait queue, or changes the endpoints that the call waits for. Returns true if the call must search the ready set once more.
+    fn join(&mut self, awaited: Awaited) -> Result<bool, Status> {
+        if let Some(queued) = &mut self.queued {
+            return Ok(queued.set_awaited(awaited));
+        }
+        let waiters = self.core.shared().waiters();
+        let exclusions = self.history.exclusions(self.avoid_until.is_some());
+        let joined = waiters.join(exclusions, awaited);
+        let full = || status::wait_queue_full(self.core, waiters.limit());
+        self.queued = Some(joined.ok_or_else(full)?);
+        self.delays.has_waited = true;
+        Ok(true)
+    }
+
+    /// Picks again for a call to which the queue has given a permit, if the policy picks the endpoint by data of the call. The queue hands
+    /// over the first stream that becomes free, and the policy may prefer one that became free after it. The permit is kept until the pick
+    /// has succeeded, so the call never waits twice.
+    fn prefer(&mut self, given: Permit) -> Permit {
+        if !self.key.has_preference() {
+            return given;
+        }
+        let shared = self.core.shared();
+        let snapshot = shared.snapshot(self.key, self.history.draw(), SCAN_LIMIT);
+        match self.history.pick(&snapshot, self.avoid_until.is_some()) {
+            Pick::Taken(preferred) => preferred,
+            _ => given,
+        }
+    }
+
+    /// Ends the periods that are over. The call then joins the queue again, because its exclusions have changed.
+    fn on_time(&mut self, now: Instant) {
+        if self.avoid_until.is_some_and(|until| until <= now) {
+            self.avoid_until = None;
+            self.queued = None;
+        }
+        if self.silent_until.is_some_and(|until| until <= now) {
+            self.history.trust_silent();
+            self.silent_until = None;
+            self.queued = None;
         }
     }
 }
@@ -241,8 +333,9 @@ const SCAN_BUDGET: usize = 200_000;
 /// How long a retry waits for a free stream on an endpoint where the call has not failed. The value is about the duration of a typical
 /// call.
 const UNUSED_ENDPOINT_WAIT: Duration = Duration::from_millis(50);
-/// How often a call with a selection looks for a free stream, in addition to the wait queue.
-const SELECTED_WAIT: Duration = Duration::from_millis(50);
+/// How often a call looks for a free stream, in addition to the wait queue, while all endpoints that it waits for are last resorts and other
+/// endpoints are ready. This is rare: all selected endpoints are ejected or in quarantine, and all their streams are in use.
+const LAST_RESORT_POLL: Duration = Duration::from_millis(50);
 /// How long a call waits for another connection after its connection did not answer a check. TCP repeats its first packet after about this
 /// time (RFC 6298, section 2), so a dial whose first packet was lost may still succeed.
 const SILENT_CONNECTION_WAIT: Duration = Duration::from_secs(1);

@@ -101,8 +101,11 @@ impl BalancedChannel {
         }
     }
 
-    /// Replaces the [traffic split](TrafficSplit) of the channel. A split without parts ends the split. No call fails because of the change.
+    /// Replaces the [traffic split](TrafficSplit) of the program. A split without parts ends the split. No call fails because of the change.
     /// Calls use the new split as soon as the background task of the channel has applied it, usually within a millisecond.
+    ///
+    /// If the service config has a split as well, the [mode](crate::channel::ServiceConfigMode) decides which one applies. If the program has
+    /// none, that of the service config applies.
     ///
     /// # Errors
     ///

@@ -6,7 +6,7 @@ use tokio::time::Instant;
 
 use super::BalancedChannel;
 use super::HashKey;
-use crate::balance::{Details, Permit, Pick, PickKey, Select};
+use crate::balance::{Details, Permit, Pick, PickKey, Select, SplitDraw};
 
 /// Picks an endpoint and releases the permit. The cost of this function is the cost that balancing adds to a call. Returns whether an
 /// endpoint was picked.
@@ -53,7 +53,11 @@ pub fn ready(channel: &BalancedChannel) -> usize {
 }
 
 fn permit(channel: &BalancedChannel, key: &PickKey) -> Option<Permit> {
-    match channel.0.shared().pick(key, |_| true) {
+    match channel
+        .0
+        .shared()
+        .pick(key, &SplitDraw::default(), |_| true)
+    {
         Pick::Taken(permit) => Some(permit),
         _ => None,
     }

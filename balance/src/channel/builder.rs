@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use http::uri::{Authority, Scheme};
-use http::{HeaderName, HeaderValue, Uri};
+use http::{HeaderValue, Uri};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::runtime::RuntimeFlavor;
 use tokio_stream::{Stream, StreamExt};
@@ -55,7 +55,6 @@ pub(super) struct Config {
     pub(super) connector: Connector,
     user_agent: Option<HeaderValue>,
     origin: Option<Uri>,
-    pub(super) hash_header: Option<HeaderName>,
     startup_timeout: Duration,
     pub(super) methods: ProgramMethods,
     pub(super) from_service: ServiceConfigOptions,
@@ -344,7 +343,6 @@ impl ChannelBuilder {
             connector: Connector::default(),
             user_agent: None,
             origin: None,
-            hash_header: None,
             startup_timeout: STARTUP_TIMEOUT,
             methods: ProgramMethods::default(),
             from_service: ServiceConfigOptions::default(),
@@ -523,6 +521,7 @@ impl Config {
         let service_configs = service_configs.filter(|_| !is_ignored);
         let program = ProgramOptions {
             policy: self.policy,
+            hash_header: options.hash_header.take(),
             outlier_detection: options.outlier_detection.take(),
             health_check: self.health_check,
             health_client: HealthCheck {
@@ -539,9 +538,8 @@ impl Config {
         if balancing.health_check.is_some() || service_configs.is_some() {
             connector.http2.reserved_streams = 1;
         }
-        options.policy = balancing.policy;
-        options.outlier_detection = balancing.outlier_detection;
-        options.health_check = balancing.health_check;
+        options.splits.prefers_service_config = program.prefers_service_config();
+        options.set(balancing);
         let changes = changes.map(with_attributes);
         let feed = match known {
             Some(known) => Updates::known_after(changes, known),
@@ -578,7 +576,6 @@ impl Config {
             authority,
             wait_for_ready: channel.wait_for_ready.unwrap_or(false),
             timeout: channel.timeout,
-            hash_header: self.hash_header,
             startup_timeout: self.startup_timeout,
             unknown,
             is_single_threaded: is_single_threaded(),

@@ -23,7 +23,7 @@ impl<S> ChannelBuilder<S> {
     /// none. If the name is not a valid header name, the channel is [invalid](ChannelError::InvalidOption). Other policies ignore the header.
     pub fn request_hash_header(mut self, name: impl AsRef<str>) -> Self {
         match name.as_ref().parse() {
-            Ok(name) => self.config.hash_header = Some(name),
+            Ok(name) => self.config.options.hash_header = Some(name),
             Err(_) => self.config.refuse(format!(
                 "request_hash_header is {:?}, which is not the name of a header",
                 name.as_ref()
@@ -34,11 +34,13 @@ impl<S> ChannelBuilder<S> {
 
     /// Splits the calls between groups of endpoints, for example 5 % to a new version. Default: no split. A split that is not valid (two
     /// parts with the same labels, all weights 0, or more than 64 parts) makes the channel [invalid](ChannelError::InvalidOption).
+    ///
+    /// A service config can set a split as well. The [mode](Self::service_config_mode) decides which one applies.
     pub fn split(mut self, split: TrafficSplit) -> Self {
         if let Some(reason) = split.invalid_reason() {
             self.config.refuse(reason);
         }
-        self.config.options.split = split;
+        self.config.options.splits.of_program = split;
         self
     }
 }

@@ -3,6 +3,7 @@
 use std::sync::{Arc, Weak};
 
 use arc_swap::ArcSwapOption;
+use http::HeaderName;
 use tokio_stream::StreamExt;
 use tracing::Instrument;
 
@@ -45,6 +46,7 @@ pub(super) struct ServiceConfigOptions {
 #[derive(Debug)]
 pub(super) struct ProgramOptions {
     pub(super) policy: Option<LbPolicy>,
+    pub(super) hash_header: Option<HeaderName>,
     pub(super) outlier_detection: Option<OutlierDetection>,
     /// The name of the service whose health is watched.
     pub(super) health_check: Option<String>,
@@ -60,14 +62,20 @@ impl ProgramOptions {
         self.methods.table.all.clone().unwrap_or_default()
     }
 
+    /// Returns whether a service config takes precedence over the options.
+    pub(super) fn prefers_service_config(&self) -> bool {
+        self.from_service.mode == ServiceConfigMode::Prefer
+    }
+
     /// Combines the options with the service config of the source, or, if the source has none, with that of the program.
     pub(super) fn combined(
         &self,
         of_source: Option<&ServiceConfig>,
     ) -> (Reconfiguration, MethodConfig) {
-        let precedence = match self.from_service.mode {
-            ServiceConfigMode::Prefer => Precedence::ServiceConfig,
-            ServiceConfigMode::Defaults | ServiceConfigMode::Ignore => Precedence::Program,
+        let precedence = if self.prefers_service_config() {
+            Precedence::ServiceConfig
+        } else {
+            Precedence::Program
         };
         let config = of_source.or(self.from_service.of_program.as_ref());
         let config = config.cloned().unwrap_or_default();
@@ -76,6 +84,12 @@ impl ProgramOptions {
             policy: precedence
                 .choose(self.policy, config.balancing.policy)
                 .unwrap_or_default(),
+            hash_header: precedence.choose(
+                self.hash_header.clone(),
+                config.balancing.hash_header.clone(),
+            ),
+            // The program can change its split while the channel runs, so the choice between the two is made when one of them changes.
+            split: config.balancing.split.clone().unwrap_or_default(),
             outlier_detection: precedence.choose(
                 self.outlier_detection.clone(),
                 config.balancing.outlier_detection.clone(),

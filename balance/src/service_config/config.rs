@@ -3,7 +3,9 @@
 use std::fmt;
 use std::sync::Arc;
 
-use crate::balance::{LbPolicy, OutlierDetection};
+use http::HeaderName;
+
+use crate::balance::{LbPolicy, OutlierDetection, TrafficSplit};
 use crate::call::method_config::MethodTable;
 use crate::call::retry::RetryBudget;
 
@@ -52,10 +54,13 @@ pub(crate) struct Parsed {
     pub(super) json: String,
 }
 
-/// The load-balancing policy of a service config, with outlier detection around it.
+/// The load-balancing policy of a service config, with the policies around it.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct LoadBalancing {
     pub(crate) policy: Option<LbPolicy>,
+    /// The header whose value is the key of a call for the consistent hash.
+    pub(crate) hash_header: Option<HeaderName>,
+    pub(crate) split: Option<TrafficSplit>,
     pub(crate) outlier_detection: Option<OutlierDetection>,
 }
 

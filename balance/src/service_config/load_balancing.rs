@@ -1,9 +1,13 @@
 //! Parses `loadBalancingConfig`: a list of policies, of which the first known one applies.
 
+use http::HeaderName;
+
 use super::config::LoadBalancing;
 use super::error::ServiceConfigError;
 use super::node::{Node, escaped};
-use crate::balance::{FailurePercentageEjection, LbPolicy, OutlierDetection, SuccessRateEjection};
+use crate::balance::{
+    FailurePercentageEjection, LbPolicy, OutlierDetection, SuccessRateEjection, TrafficSplit,
+};
 
 type Result<T> = std::result::Result<T, ServiceConfigError>;
 
@@ -36,12 +40,20 @@ const KNOWN: &[Known] = &[
         name: "outlier_detection_experimental",
         parse: outlier_detection,
     },
+    Known {
+        name: "ring_hash_experimental",
+        parse: ring_hash,
+    },
+    Known {
+        name: "split_experimental",
+        parse: split,
+    },
 ];
 
 fn only(policy: LbPolicy) -> LoadBalancing {
     LoadBalancing {
         policy: Some(policy),
-        outlier_detection: None,
+        ..LoadBalancing::default()
     }
 }
 
@@ -145,13 +157,74 @@ fn outlier_detection(node: &Node<'_>) -> Result<LoadBalancing> {
     if let Some(rule) = node.field("failurePercentageEjection")? {
         detection = detection.failure_percentage(failure_percentage(&rule)?);
     }
-    let child = match node.field("childPolicy")? {
-        Some(list) => first_known(&list)?,
-        None => LoadBalancing::default(),
-    };
     Ok(LoadBalancing {
-        policy: child.policy,
         outlier_detection: Some(detection),
+        ..child_policy(node)?
+    })
+}
+
+/// Parses the policy inside another one, if there is one.
+fn child_policy(node: &Node<'_>) -> Result<LoadBalancing> {
+    match node.field("childPolicy")? {
+        Some(list) => first_known(&list),
+        None => Ok(LoadBalancing::default()),
+    }
+}
+
+/// Parses the settings of gRFCs A42 and A76. The sizes are checked as grpc-go does. They have no effect, because the ring of this library has
+/// a fixed size.
+fn ring_hash(node: &Node<'_>) -> Result<LoadBalancing> {
+    let size = |name, default| match integer_up_to(node, name, MAX_RING_SIZE)? {
+        None | Some(0) => Ok(default),
+        Some(size) => Ok(size),
+    };
+    let (least, most) = (size("minRingSize", 1_024)?, size("maxRingSize", 4_096)?);
+    if least > most {
+        let reason = format!("the minRingSize {least} is greater than the maxRingSize {most}");
+        return Err(node.unusable(reason));
+    }
+    let header = node.field("requestHashHeader")?;
+    Ok(LoadBalancing {
+        hash_header: header.as_ref().map(hash_header).transpose()?.flatten(),
+        ..only(LbPolicy::RingHash)
+    })
+}
+
+/// Parses the name of a header. The empty name stands for none. Headers with the suffix `-bin` have encoded values, so gRFC A76 excludes them.
+fn hash_header(node: &Node<'_>) -> Result<Option<HeaderName>> {
+    let name = node.text()?.to_ascii_lowercase();
+    if name.is_empty() {
+        return Ok(None);
+    }
+    let is_valid = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
+    let name = Some(name).filter(|name| name.bytes().all(is_valid) && !name.ends_with("-bin"));
+    let header = name.and_then(|name| name.parse().ok());
+    let expected = "the name of a header, without the suffix -bin";
+    header.map(Some).ok_or_else(|| node.unexpected(expected))
+}
+
+/// Parses the traffic split of this library, and the policy inside. A part without labels is the rest.
+fn split(node: &Node<'_>) -> Result<LoadBalancing> {
+    const PARTS: &str = "an array with at least one part";
+    let parts = node.field("split")?;
+    let parts = parts.ok_or_else(|| node.missing("split", PARTS))?;
+    let mut split = TrafficSplit::new();
+    for part in parts.items()? {
+        let labels = part.field("label")?;
+        let labels = labels.map_or_else(|| Ok(Vec::new()), |labels| labels.texts())?;
+        let weight = integer(&part, "weight")?;
+        let weight = weight.ok_or_else(|| part.missing("weight", "an integer of at least 0"))?;
+        split = split.part(labels, weight);
+    }
+    if split.is_empty() {
+        return Err(parts.rejected(PARTS, "an empty array"));
+    }
+    if let Some(reason) = split.invalid_reason() {
+        return Err(parts.unusable(reason));
+    }
+    Ok(LoadBalancing {
+        split: Some(split),
+        ..child_policy(node)?
     })
 }
 
@@ -191,14 +264,20 @@ fn failure_percentage(node: &Node<'_>) -> Result<FailurePercentageEjection> {
 }
 
 fn integer(node: &Node<'_>, name: &str) -> Result<Option<u32>> {
-    let field = node.field(name)?;
-    field.map(|field| field.integer_in(0, u32::MAX)).transpose()
+    integer_up_to(node, name, u32::MAX)
 }
 
 fn percentage(node: &Node<'_>, name: &str) -> Result<Option<u32>> {
-    let field = node.field(name)?;
-    field.map(|field| field.integer_in(0, 100)).transpose()
+    integer_up_to(node, name, 100)
 }
+
+fn integer_up_to(node: &Node<'_>, name: &str, most: u32) -> Result<Option<u32>> {
+    let field = node.field(name)?;
+    field.map(|field| field.integer_in(0, most)).transpose()
+}
+
+/// Limit on the sizes of a ring in gRFC A42.
+const MAX_RING_SIZE: u32 = 8 << 20;
 
 /// Limit on the number of unknown policies in an error.
 const SHOWN: usize = 5;

@@ -82,6 +82,16 @@ impl<'a> Node<'a> {
         Ok(items.iter().enumerate().map(node).collect())
     }
 
+    /// Returns the fields of an object whose values are strings.
+    pub(super) fn texts(&self) -> Result<Vec<(&'a str, &'a str)>> {
+        let object = self.value.as_object();
+        let texts = object.and_then(|object| {
+            let text = |(name, value): (&'a String, &'a Value)| Some((&**name, value.as_str()?));
+            object.iter().map(text).collect()
+        });
+        texts.ok_or_else(|| self.unexpected("an object whose values are strings"))
+    }
+
     /// Checks that the value is an object or `null`.
     pub(super) fn object(&self) -> Result<()> {
         self.field("").map(drop)
@@ -139,6 +149,11 @@ impl<'a> Node<'a> {
 
     pub(super) fn rejected(&self, expected: impl fmt::Display, found: &str) -> ServiceConfigError {
         let reason = format!("expected {expected}, found {found}");
+        ServiceConfigError::new(&self.path, reason)
+    }
+
+    /// Creates an error for a value that has the right form but cannot be used.
+    pub(super) fn unusable(&self, reason: String) -> ServiceConfigError {
         ServiceConfigError::new(&self.path, reason)
     }
 

@@ -7,7 +7,9 @@ use proptest::prelude::*;
 use tonic::Code;
 
 use super::ServiceConfig;
-use crate::balance::{FailurePercentageEjection, LbPolicy, OutlierDetection, SuccessRateEjection};
+use crate::balance::{
+    FailurePercentageEjection, LbPolicy, OutlierDetection, SuccessRateEjection, TrafficSplit,
+};
 use crate::call::method_config::{MethodPolicy, MethodSettings, MethodTimeout};
 use crate::call::retry::{HedgingPolicy, RetryBudget, RetryPolicy};
 
@@ -102,6 +104,14 @@ fn the_first_known_policy_applies() {
             LbPolicy::LeastRequest,
         ),
         (r#"[{"latency_experimental": {}}]"#, LbPolicy::Latency),
+        (
+            r#"[{"ring_hash_experimental": {"minRingSize": 5, "maxRingSize": 8388608}}]"#,
+            LbPolicy::RingHash,
+        ),
+        (
+            r#"[{"split_experimental": {"split": [{"weight": 1}], "childPolicy": [{"latency_experimental": {}}]}}]"#,
+            LbPolicy::Latency,
+        ),
     ] {
         let config = parse(&format!(r#"{{"loadBalancingConfig": {list}}}"#));
         assert_eq!(config.parsed().balancing.policy, Some(policy), "{list}");
@@ -151,6 +161,46 @@ fn outlier_detection_wraps_a_policy() {
     let balancing = &config.parsed().balancing;
     assert_eq!(balancing.policy, None);
     assert_eq!(balancing.outlier_detection, Some(detection));
+}
+
+#[test]
+fn the_header_of_the_consistent_hash_is_parsed() {
+    let header = |config: &str| {
+        let config = parse(&format!(
+            r#"{{"loadBalancingConfig": [{{"ring_hash_experimental": {config}}}]}}"#
+        ));
+        let header = config.parsed().balancing.hash_header.clone();
+        header.map(|header| header.as_str().to_owned())
+    };
+    for none in ["{}", "null", r#"{"requestHashHeader": ""}"#] {
+        assert_eq!(header(none), None);
+    }
+    let named = r#"{"requestHashHeader": "X-Customer.Id_1", "minRingSize": 0}"#;
+    assert_eq!(header(named).as_deref(), Some("x-customer.id_1"));
+}
+
+#[test]
+fn a_traffic_split_is_parsed() {
+    let config = parse(
+        r#"{"loadBalancingConfig": [{"outlier_detection_experimental": {"childPolicy": [{"split_experimental": {
+            "split": [
+                {"label": {"version": "1.2", "track": "canary"}, "weight": 5},
+                {"label": {"version": "1.3"}, "weight": 0},
+                {"weight": 95}
+            ],
+            "childPolicy": [{"round_robin": {}}]
+        }}]}}]}"#,
+    );
+    let expected = TrafficSplit::new()
+        .part([("track", "canary"), ("version", "1.2")], 5)
+        .version("1.3", 0)
+        .rest(95);
+    let balancing = &config.parsed().balancing;
+    assert_eq!(balancing.split, Some(expected));
+    assert_eq!(balancing.policy, Some(LbPolicy::WeightedRoundRobin));
+    assert!(balancing.outlier_detection.is_some());
+    let config = parse(r#"{"loadBalancingConfig": [{"round_robin": {}}]}"#);
+    assert_eq!(config.parsed().balancing.split, None);
 }
 
 #[test]
@@ -234,7 +284,7 @@ fn an_error_names_the_field_and_what_is_expected() {
         ),
         (
             r#"{"loadBalancingConfig": []}"#.to_owned(),
-            "loadBalancingConfig: expected one of round_robin, weighted_round_robin, least_request_experimental, latency_experimental, outlier_detection_experimental, found an empty list",
+            "loadBalancingConfig: expected one of round_robin, weighted_round_robin, least_request_experimental, latency_experimental, outlier_detection_experimental, ring_hash_experimental, split_experimental, found an empty list",
         ),
         (
             r#"{"loadBalancingConfig": [{"a": 1, "b": 2}]}"#.to_owned(),
@@ -254,6 +304,42 @@ fn an_error_names_the_field_and_what_is_expected() {
     assert!(rejected("").starts_with("the service config is not JSON: EOF"));
     let error = rejected("{\"loadBalancingConfig\": [{\"evil\\u001b[2J\": 1}]}");
     assert!(error.contains(r#"only "evil\u{1b}[2J""#), "{error}");
+}
+
+#[test]
+fn an_error_of_a_policy_names_the_field_and_what_is_expected() {
+    for (json, error) in [
+        (
+            r#"{"loadBalancingConfig": [{"ring_hash_experimental": {"minRingSize": 8388609}}]}"#,
+            "loadBalancingConfig[0].ring_hash_experimental.minRingSize: expected an integer from 0 to 8388608, found 8388609",
+        ),
+        (
+            r#"{"loadBalancingConfig": [{"ring_hash_experimental": {"maxRingSize": 1023}}]}"#,
+            "loadBalancingConfig[0].ring_hash_experimental: the minRingSize 1024 is greater than the maxRingSize 1023",
+        ),
+        (
+            r#"{"loadBalancingConfig": [{"ring_hash_experimental": {"requestHashHeader": "x-key-BIN"}}]}"#,
+            r#"loadBalancingConfig[0].ring_hash_experimental.requestHashHeader: expected the name of a header, without the suffix -bin, found "x-key-BIN""#,
+        ),
+        (
+            r#"{"loadBalancingConfig": [{"split_experimental": {}}]}"#,
+            "loadBalancingConfig[0].split_experimental.split: expected an array with at least one part, found nothing",
+        ),
+        (
+            r#"{"loadBalancingConfig": [{"split_experimental": {"split": [{"weight": 1}, {"label": {}}]}}]}"#,
+            "loadBalancingConfig[0].split_experimental.split[1].weight: expected an integer of at least 0, found nothing",
+        ),
+        (
+            r#"{"loadBalancingConfig": [{"split_experimental": {"split": [{"weight": 1, "label": {"version": 1.2}}]}}]}"#,
+            "loadBalancingConfig[0].split_experimental.split[0].label: expected an object whose values are strings, found an object",
+        ),
+        (
+            r#"{"loadBalancingConfig": [{"split_experimental": {"split": [{"weight": 1}, {"label": {}, "weight": 2}]}}]}"#,
+            "loadBalancingConfig[0].split_experimental.split: two parts of the traffic split have the same labels",
+        ),
+    ] {
+        assert_eq!(rejected(json), error, "{json}");
+    }
 }
 
 #[test]
@@ -285,7 +371,7 @@ fn the_path_of_a_deeply_nested_field_is_shortened() {
 /// A JSON value whose objects have the fields of a service config.
 fn value() -> impl Strategy<Value = serde_json::Value> {
     use serde_json::{Value, json};
-    const FIELDS: [&str; 22] = [
+    const FIELDS: [&str; 27] = [
         "methodConfig",
         "name",
         "service",
@@ -308,6 +394,11 @@ fn value() -> impl Strategy<Value = serde_json::Value> {
         "round_robin",
         "outlier_detection_experimental",
         "childPolicy",
+        "ring_hash_experimental",
+        "split_experimental",
+        "split",
+        "label",
+        "weight",
     ];
     let leaf = prop_oneof![
         Just(Value::Null),

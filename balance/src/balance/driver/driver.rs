@@ -17,6 +17,7 @@ use super::pending_publication::PendingPublication;
 use super::quarantine::Quarantines;
 use super::ready_set_pair::ReadySets;
 use super::resting::Resting;
+use super::ring_schedule::RingSchedule;
 use super::scaling::Scaling;
 use super::selections::Selections;
 use super::slow_start::SlowStart;
@@ -57,6 +58,7 @@ pub(in crate::balance) struct Driver {
     pub(super) picker: Arc<Picker>,
     pub(super) ready_sets: ReadySets<ReadyEntry>,
     pub(super) selections: Selections,
+    pub(super) rings: RingSchedule,
     pub(super) publication: PendingPublication,
     pub(super) latencies: Latencies,
     pub(super) slow_start: SlowStart,
@@ -94,7 +96,8 @@ impl Driver {
             scaling: Scaling::new(now),
             draining: DrainingConnections::default(),
             ready_sets: ReadySets::new(takes_turns, is_hashed),
-            selections: Selections::new(&options.split, takes_turns, is_hashed, now),
+            selections: Selections::new(options.splits.current(), takes_turns, is_hashed, now),
+            rings: RingSchedule::new(now),
             publication: PendingPublication::default(),
             latencies: Latencies::new(),
             slow_start: SlowStart::new(options.slow_start),

@@ -62,6 +62,8 @@ impl Driver {
         // A new generation is another server, or the same server after a restart.
         let is_new_generation = before.generation() != entry.attributes.generation();
         if before != entry.attributes {
+            let (before, after) = ((&before, entry.class), (&entry.attributes, entry.class));
+            self.selections.recount(address, Some(before), Some(after));
             // The counts of the selections and the ring may change, even if no ready connection changes its set.
             self.publication.soon();
         }
@@ -92,6 +94,8 @@ impl Driver {
         let keep_alive = self.connector.http2.keep_alive;
         let max_backoff = self.options.max_backoff;
         let entry = EndpointEntry::new(endpoint, attributes, max_backoff, keep_alive);
+        let added = (&entry.attributes, entry.class);
+        self.selections.recount(address, None, Some(added));
         self.endpoints.insert(address.clone(), entry);
         self.publication.set_endpoints(self.endpoints.len());
         self.add_subchannel(address, dial);
@@ -164,6 +168,8 @@ impl Driver {
             return;
         };
         tracing::info!(%address, "endpoint removed");
+        let removed = (&entry.attributes, entry.class);
+        self.selections.recount(address, Some(removed), None);
         self.slow_start.forget(address);
         self.quarantines.forget(address);
         let mut has_calls = false;

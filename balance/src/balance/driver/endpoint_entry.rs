@@ -58,6 +58,12 @@ impl EndpointEntry {
         self.second.reset_backoff();
         self.is_warm = false;
         self.endpoint.forget();
+        self.discard_calls();
+    }
+
+    /// Makes the next sweep ignore the calls up to now.
+    pub(super) fn discard_calls(&mut self) {
+        self.swept = self.endpoint.tally();
     }
 
     /// Returns the counts of the calls since this function was last called, and the ejection.

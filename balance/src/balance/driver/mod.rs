@@ -27,6 +27,7 @@ mod pending_publication;
 mod quarantine;
 mod ready_set_pair;
 mod resting;
+mod ring_schedule;
 mod scaling;
 mod second_connection;
 mod selection_changes;

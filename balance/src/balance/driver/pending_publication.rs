@@ -55,6 +55,12 @@ impl PendingPublication {
         self.publish_at = Some(Instant::now());
     }
 
+    /// Schedules a publication for this time, unless an earlier one is scheduled.
+    pub(super) fn at(&mut self, at: Instant) {
+        let earliest = self.publish_at.map_or(at, |earlier| earlier.min(at));
+        self.publish_at = Some(earliest);
+    }
+
     pub(super) fn clear(&mut self) {
         self.publish_at = None;
     }

@@ -136,6 +136,11 @@ impl Driver {
         let (next, failed) = self.subchannels.attempts(&entry.subchannels);
         entry.endpoint.set_attempts(next, failed);
         let before = std::mem::replace(&mut entry.class, class);
+        if before != class {
+            let attributes = &entry.attributes;
+            let (before, after) = ((attributes, before), (attributes, class));
+            self.selections.recount(address, Some(before), Some(after));
+        }
         // The state `Ready` means that calls can pick the endpoint, so this state is set only after the new set is published.
         if class != Class::Ready {
             entry.endpoint.set_state(state);
@@ -152,8 +157,12 @@ impl Driver {
         // scheduled one is cleared.
         self.update_zone_factors();
         self.publication.clear();
-        let ready = self.ready_sets.freeze();
-        let subsets = self.freeze_selections();
+        let mut rings = self.rings.budget(Instant::now());
+        let ready = self.ready_sets.freeze(&mut rings);
+        let subsets = self.selections.freeze(&mut rings);
+        if let Some(next) = self.rings.settle(&rings, Instant::now()) {
+            self.publication.at(next);
+        }
         let is_last_resort = self.ready_sets.is_last_resort();
         let summary = self.publication.summarize(ready.len(), is_last_resort);
         let picker = Arc::clone(&self.picker);

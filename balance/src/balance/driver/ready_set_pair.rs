@@ -1,7 +1,7 @@
 //! The two sets of ready connections. Calls pick from the primary set, or from the last-resort set if the primary set is empty.
 
 use super::subchannel_table::SubchannelId;
-use crate::balance::hash_ring::Name;
+use crate::balance::hash_ring::{Name, RingBudget};
 use crate::balance::ready_connection::ReadyEntry;
 use crate::balance::ready_set::{ReadySet, ReadySetBuilder};
 
@@ -49,20 +49,14 @@ pub(super) enum Placed {
 impl<E: Entry> ReadySets<E> {
     /// Creates empty sets. They have a rotation if `takes_turns`, and a ring if `is_hashed`.
     pub(super) fn new(takes_turns: bool, is_hashed: bool) -> Self {
-        let builder = || {
-            let builder = ReadySetBuilder::new(takes_turns);
-            if is_hashed {
-                builder.with_ring(E::name)
-            } else {
-                builder
-            }
-        };
-        Self {
-            primary: builder(),
-            last_resort: builder(),
+        let mut sets = Self {
+            primary: ReadySetBuilder::new(takes_turns),
+            last_resort: ReadySetBuilder::new(takes_turns),
             is_last_resort: false,
             is_selection: false,
-        }
+        };
+        sets.set_hashed(is_hashed);
+        sets
     }
 
     /// Creates empty sets for the endpoints that calls select.
@@ -77,6 +71,13 @@ impl<E: Entry> ReadySets<E> {
     pub(super) fn set_takes_turns(&mut self, takes_turns: bool) {
         self.primary.set_takes_turns(takes_turns);
         self.last_resort.set_takes_turns(takes_turns);
+    }
+
+    /// Sets whether the sets have a ring, from the next [`freeze`](Self::freeze) on.
+    pub(super) fn set_hashed(&mut self, is_hashed: bool) {
+        let name: Option<fn(&E) -> Name> = is_hashed.then_some(E::name);
+        self.primary.set_ring(name);
+        self.last_resort.set_ring(name);
     }
 
     /// Puts an entry into the last-resort set if `is_last_resort`, else into the primary set, and removes it from the other set. If the
@@ -143,18 +144,23 @@ impl<E: Entry> ReadySets<E> {
     }
 
     /// Returns the set that calls pick from: the primary set, or the last-resort set if the primary set is empty.
-    pub(super) fn freeze(&mut self) -> ReadySet<E> {
-        // Both builders are frozen, although only one set is used. A builder keeps the connections of its last frozen set open until it is
-        // frozen again.
-        let (primary, last_resort) = (self.primary.freeze(), self.last_resort.freeze());
-        let is_last_resort = primary.len() == 0;
+    pub(super) fn freeze(&mut self, rings: &mut RingBudget) -> ReadySet<E> {
+        let is_last_resort = self.primary.is_empty();
         let was_last_resort = std::mem::replace(&mut self.is_last_resort, is_last_resort);
         if was_last_resort != is_last_resort && !self.is_selection {
             for entry in self.last_resort.entries() {
                 entry.set_takes_calls(is_last_resort);
             }
         }
-        if is_last_resort { last_resort } else { primary }
+        let (used, unused) = if is_last_resort {
+            (&mut self.last_resort, &mut self.primary)
+        } else {
+            (&mut self.primary, &mut self.last_resort)
+        };
+        // Both builders are frozen, although only one set is used. A builder keeps the connections of its last frozen set open until it is
+        // frozen again.
+        unused.freeze();
+        used.freeze_with_ring(rings)
     }
 }
 
@@ -184,14 +190,14 @@ mod tests {
         let (ordinary, last_resort) = (Fake::default(), Fake::default());
         sets.place(1, ordinary.clone(), 1, false);
         sets.place(2, last_resort.clone(), 1, true);
-        assert_eq!(sets.freeze().len(), 1);
+        assert_eq!(sets.freeze(&mut RingBudget::new(0)).len(), 1);
         assert!(!sets.is_last_resort());
         assert!(ordinary.0.get() && !last_resort.0.get());
         assert!(sets.remove(1));
-        sets.freeze();
+        sets.freeze(&mut RingBudget::new(0));
         assert!(sets.is_last_resort() && last_resort.0.get());
         sets.place(1, ordinary, 1, false);
-        sets.freeze();
+        sets.freeze(&mut RingBudget::new(0));
         assert!(!sets.is_last_resort() && !last_resort.0.get());
     }
 

@@ -1,10 +1,12 @@
-//! Applies settings that change while the channel runs: the policy, outlier detection and the health check. Connections stay open.
+//! Applies settings that change while the channel runs: the policy, the traffic split of the service config, outlier detection and the
+//! health check. Connections stay open.
 
 use std::sync::Arc;
 
 use tokio::time::Instant;
 
 use super::driver::Driver;
+use super::endpoint_entry::EndpointEntry;
 use super::outlier_schedule::OutlierSchedule;
 use crate::balance::health_status::Health;
 use crate::balance::options::Reconfiguration;
@@ -20,9 +22,13 @@ impl Driver {
         };
         let Reconfiguration {
             policy,
+            hash_header,
+            split,
             outlier_detection,
             health_check,
         } = settings;
+        self.shared.set_hash_header(hash_header);
+        self.shared.set_split_of_service_config(split);
         if policy != self.options.policy {
             self.set_policy(policy);
         }
@@ -40,16 +46,24 @@ impl Driver {
         self.picker = Arc::new(Picker::new(policy, self.options.seed));
         self.ready_sets.set_takes_turns(policy.takes_turns());
         self.selections.set_takes_turns(policy.takes_turns());
-        self.shared.set_uses_hashes(policy == LbPolicy::RingHash);
+        let is_hashed = policy == LbPolicy::RingHash;
+        self.ready_sets.set_hashed(is_hashed);
+        self.selections.set_hashed(is_hashed);
+        self.shared.set_uses_hashes(is_hashed);
         self.publication.now();
     }
 
-    /// Replaces outlier detection. If it is disabled, all ejections end, because no later sweep would end them.
+    /// Replaces outlier detection. If it is enabled, the first sweep ignores all calls up to now, whose age is unknown. If it is disabled, all
+    /// ejections end, because no later sweep would end them.
     fn set_outlier_detection(&mut self, detection: Option<OutlierDetection>) {
         tracing::info!(enabled = detection.is_some(), "outlier detection changes");
         self.detection = OutlierSchedule::new(detection.clone(), Instant::now());
-        self.options.outlier_detection = detection;
+        let before = std::mem::replace(&mut self.options.outlier_detection, detection);
         if self.options.outlier_detection.is_some() {
+            if before.is_none() {
+                let entries = self.endpoints.values_mut();
+                entries.for_each(EndpointEntry::discard_calls);
+            }
             return;
         }
         let mut moved = Vec::new();
@@ -88,5 +102,93 @@ impl Driver {
                 self.reclassify(&address);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tower::discover::Change;
+
+    use super::*;
+    use crate::address::Address;
+    use crate::attributes::Attributes;
+    use crate::balance::FailurePercentageEjection;
+    use crate::balance::endpoint::Blame;
+    use crate::balance::options::Options;
+    use crate::balance::shared::Shared;
+    use crate::balance::updates::Batch;
+    use crate::transport::connect::Connector;
+
+    /// Returns a driver with two endpoints that were not dialled.
+    fn driver() -> (Driver, [Address; 2]) {
+        let options = Options::default();
+        let connector = Arc::new(Connector::default());
+        let shared = Arc::new(Shared::new(&options, Arc::clone(&connector)));
+        let mut driver = Driver::new(shared, connector, options);
+        let addresses = ["10.0.0.5:80", "10.0.0.6:80"].map(|text| text.parse().expect("valid"));
+        for address in &addresses {
+            insert(&mut driver, address, 0);
+        }
+        (driver, addresses)
+    }
+
+    fn insert(driver: &mut Driver, address: &Address, generation: u64) {
+        let attributes = Attributes::new().with_generation(generation);
+        let change: Result<_, std::io::Error> = Ok(Change::Insert(address.clone(), attributes));
+        driver.on_batch(Batch {
+            changes: vec![change],
+            known: true,
+        });
+    }
+
+    fn detection() -> OutlierDetection {
+        let rule = FailurePercentageEjection::new()
+            .threshold(50)
+            .minimum_hosts(1)
+            .request_volume(5);
+        OutlierDetection::new()
+            .max_ejection_percent(100)
+            .without_success_rate()
+            .failure_percentage(rule)
+    }
+
+    /// Records failed calls to an endpoint, and successful calls to the other one.
+    fn call(driver: &Driver, failing: &Address) {
+        for entry in driver.endpoints.values() {
+            for _ in 0..20 {
+                entry.endpoint.on_call();
+                if entry.endpoint.address() == failing {
+                    entry.endpoint.on_failure(Blame::Connection);
+                }
+            }
+        }
+    }
+
+    fn is_ejected(driver: &mut Driver, address: &Address) -> bool {
+        driver.detect_outliers(Instant::now());
+        driver.endpoints[address].ejection.is_ejected()
+    }
+
+    #[tokio::test]
+    async fn outlier_detection_that_is_enabled_later_judges_only_later_calls() {
+        let (mut driver, [failing, _]) = driver();
+        call(&driver, &failing);
+        driver.set_outlier_detection(Some(detection()));
+        assert!(!is_ejected(&mut driver, &failing));
+        // Another change of its parameters discards nothing.
+        call(&driver, &failing);
+        driver.set_outlier_detection(Some(detection().max_ejection_percent(99)));
+        assert!(is_ejected(&mut driver, &failing));
+    }
+
+    #[tokio::test]
+    async fn a_new_generation_of_an_endpoint_is_not_judged_by_the_calls_of_the_old_one() {
+        let (mut driver, [failing, _]) = driver();
+        driver.set_outlier_detection(Some(detection()));
+        call(&driver, &failing);
+        insert(&mut driver, &failing, 1);
+        assert!(!is_ejected(&mut driver, &failing));
+        call(&driver, &failing);
+        assert!(is_ejected(&mut driver, &failing));
     }
 }

@@ -1,47 +1,35 @@
 //! Applies the selections that calls have requested, and changes of the traffic split.
 
-use std::sync::Arc;
-
 use tokio::time::Instant;
 
 use super::driver::Driver;
-use super::selections::matches;
-use super::subchannel_table::Class;
-use crate::balance::subsets::Subsets;
+use super::selections::Known;
+use crate::balance::picker::LbPolicy;
 
 impl Driver {
     /// Adds the sets that calls have requested, and applies a new traffic split.
     pub(super) fn update_selections(&mut self) {
-        let (wanted, split) = (self.shared.take_wanted(), self.shared.new_split());
-        if wanted.is_empty() && split.is_none() {
-            return;
-        }
-        if let Some(split) = &split {
-            tracing::info!(?split, "the traffic split has changed");
-            self.selections.set_split(split, &self.ready_sets);
+        let is_hashed = self.options.policy == LbPolicy::RingHash;
+        let limit = if is_hashed { MAX_RINGS } else { usize::MAX };
+        let wanted = self.shared.take_wanted(limit);
+        let split = self.shared.new_split();
+        let known = Known {
+            endpoints: &self.endpoints,
+            ready: &self.ready_sets,
+        };
+        if !wanted.is_empty() {
+            // The sets can wait for further changes of a large channel: a call that has requested one waits, or has searched for an endpoint.
+            self.publication.soon();
         }
         for criterion in wanted {
-            self.selections.add(criterion, &self.ready_sets);
+            self.selections.add(criterion, known);
         }
-        self.publish();
-        if let Some(split) = &split {
+        if let Some(split) = split {
+            tracing::info!(?split, "the traffic split has changed");
+            self.selections.set_split(&split, known);
+            self.publish();
             self.shared.on_split_applied(split);
         }
-    }
-
-    /// Returns the ready sets of the selections, to be published.
-    pub(super) fn freeze_selections(&mut self) -> Option<Arc<Subsets>> {
-        let endpoints = &self.endpoints;
-        self.selections.freeze(|criterion| {
-            let mut counts = (0, 0);
-            for entry in endpoints.values() {
-                if matches(criterion, &entry.endpoint) {
-                    counts.0 += 1;
-                    counts.1 += usize::from(entry.class == Class::Pending);
-                }
-            }
-            counts
-        })
     }
 
     /// Drops the sets that no call has used for a while.
@@ -51,3 +39,6 @@ impl Driver {
         }
     }
 }
+
+/// Limit on the number of sets that are added at once if each needs a ring, whose computation takes a few milliseconds.
+const MAX_RINGS: usize = 4;

@@ -1,7 +1,7 @@
 //! Calls by consistent hash.
 
 use super::*;
-use crate::channel::HashKey;
+use crate::channel::{HashKey, Select};
 
 /// Returns a channel with [`LbPolicy::RingHash`], and the sender of its endpoint changes.
 fn hashed() -> (Changes, BalancedChannel) {
@@ -101,4 +101,37 @@ async fn the_keys_of_a_removed_endpoint_are_spread_and_return_with_it() {
     insert(&changes, &greeters[0].address(), Attributes::new());
     ready(&channel, 4).await;
     assert_eq!(servers(&channel, 200).await, before);
+}
+
+#[tokio::test]
+async fn the_first_call_of_a_selection_is_sent_to_the_server_of_its_key() {
+    const KEYS: usize = 12;
+    let greeters = ["alpha", "beta", "gamma", "delta"].map(Greeter::start);
+    let (changes, channel) = hashed();
+    for greeter in &greeters {
+        let attributes = Attributes::new().with_hash_key(greeter.name().to_owned());
+        let labels = (0..KEYS).map(|key| key.to_string());
+        let attributes = labels.fold(attributes, |all, key| all.with_label(key, "yes"));
+        insert(&changes, &greeter.address(), attributes);
+    }
+    ready(&channel, 4).await;
+    let expected = servers(&channel, KEYS).await;
+    for (key, expected) in expected.iter().enumerate() {
+        // All servers match the selection, and no call has used it before.
+        let mut request = keyed(&format!("customer-{key}"));
+        let select = Select::label(key.to_string(), "yes");
+        let select = if key % 2 == 0 {
+            select
+        } else {
+            select.or_any()
+        };
+        request.extensions_mut().insert(select);
+        assert_eq!(&send(&channel, request).await, expected);
+    }
+    let mut request = keyed("customer-1");
+    request.extensions_mut().insert(Select::version("none"));
+    let mut client = GreeterClient::new(channel.clone());
+    let status = in_time("a call", client.say_hello(request)).await;
+    let status = status.expect_err("no server matches");
+    assert!(status.message().contains("version"), "{status:?}");
 }

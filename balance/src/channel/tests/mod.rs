@@ -485,9 +485,11 @@ async fn an_endpoint_that_is_no_longer_listed_is_not_picked() {
     let shared = channel.0.shared();
     loop {
         let listed = channel.endpoints();
-        let crate::balance::Pick::Taken(permit) =
-            shared.pick(&crate::balance::PickKey::Any, |_| true)
-        else {
+        let crate::balance::Pick::Taken(permit) = shared.pick(
+            &crate::balance::PickKey::Any,
+            &crate::balance::SplitDraw::default(),
+            |_| true,
+        ) else {
             unreachable!("no endpoint is left");
         };
         let picked = permit.endpoint().address();

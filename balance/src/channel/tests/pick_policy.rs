@@ -80,3 +80,114 @@ async fn a_policy_of_the_program_picks_by_a_header_and_falls_back_to_the_channel
         say_as(&channel, "yellow").await.expect("another endpoint");
     }
 }
+
+/// Makes a call whose response is kept open by its body. Returns the address of its server as well.
+async fn open_as(
+    channel: BalancedChannel,
+    tenant: &str,
+) -> (String, Response<crate::channel::ResponseBody>) {
+    use tower::Service;
+    let request = http::Request::post("/helloworld.Greeter/SayHello")
+        .header("x-tenant", tenant)
+        .body(tonic::body::Body::empty())
+        .expect("a request");
+    let response = in_time("a head", channel.clone().call(request)).await;
+    let response = response.expect("a response");
+    let served_by = response.extensions().get::<ServedBy>();
+    let address = served_by.expect("the endpoint").address().to_string();
+    (address, response)
+}
+
+/// Starts a server that allows one call on each connection, and sends only the head of each response.
+fn narrow() -> support::Cut {
+    Raw::answering(
+        |builder| {
+            builder.max_concurrent_streams(1);
+        },
+        async |(_, mut respond)| {
+            let stream = respond.send_response(grpc_head(), false);
+            let mut stream = stream.expect("a stream");
+            let _ = std::future::poll_fn(|cx| stream.poll_reset(cx)).await;
+        },
+    )
+}
+
+#[tokio::test]
+async fn a_call_that_waits_gets_the_endpoint_that_its_policy_prefers() {
+    let (changes, stream) = mpsc::unbounded_channel();
+    let channel = BalancedChannel::builder()
+        .pick_policy(ByTenant)
+        .discover(UnboundedReceiverStream::new(stream))
+        .connect_lazy();
+    let (red, blue) = (narrow(), narrow());
+    insert(&changes, &red.address(), of("red"));
+    insert(&changes, &blue.address(), of("blue"));
+    ready(&channel, 2).await;
+    // The channel opens two connections to each of the servers.
+    let (mut at_red, mut at_blue) = (Vec::new(), Vec::new());
+    for _ in 0..4 {
+        let (address, response) = open_as(channel.clone(), "red").await;
+        if address == red.address() {
+            at_red.push(response);
+        } else {
+            at_blue.push(response);
+        }
+    }
+    assert_eq!((at_red.len(), at_blue.len()), (2, 2));
+    let call = tokio::spawn({
+        let channel = channel.clone();
+        async move { open_as(channel, "red").await.0 }
+    });
+    until("the call waits", || {
+        channel.0.shared().waiters().waiting() == 1
+    })
+    .await;
+    // The call is woken by the stream that becomes free first, and runs after both are free.
+    at_blue.pop();
+    at_red.pop();
+    assert_eq!(call.await.expect("no panic"), red.address());
+}
+
+/// Counts its picks.
+struct Counting(Arc<AtomicUsize>);
+
+impl PickPolicy for Counting {
+    fn pick(&self, _: &PickInfo, _: &ReadyEndpoints<'_>) -> Option<usize> {
+        self.0.fetch_add(1, Ordering::SeqCst);
+        None
+    }
+}
+
+#[tokio::test]
+async fn a_call_with_a_selection_does_not_pick_while_nothing_changes() {
+    use crate::channel::Select;
+    let picks = Arc::new(AtomicUsize::new(0));
+    let (changes, stream) = mpsc::unbounded_channel();
+    let channel = BalancedChannel::builder()
+        .pick_policy(Counting(Arc::clone(&picks)))
+        .discover(UnboundedReceiverStream::new(stream))
+        .connect_lazy();
+    let server = narrow();
+    insert(&changes, &server.address(), of("red"));
+    ready(&channel, 1).await;
+    let _held = [
+        open_as(channel.clone(), "red").await,
+        open_as(channel.clone(), "red").await,
+    ];
+    let mut request = Request::new(hello("world"));
+    request
+        .extensions_mut()
+        .insert(Select::label("tenant", "red"));
+    let mut client = GreeterClient::new(channel.clone());
+    tokio::spawn(async move { client.say_hello(request).await });
+    until("the call waits", || {
+        channel.0.shared().waiters().waiting() == 1
+    })
+    .await;
+    tokio::time::pause();
+    let before = picks.load(Ordering::SeqCst);
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let picks = picks.load(Ordering::SeqCst) - before;
+    // A publication may still be due at the begin.
+    assert!(picks <= 2, "{picks} picks");
+}

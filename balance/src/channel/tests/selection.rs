@@ -255,3 +255,129 @@ async fn a_part_of_a_split_without_a_ready_endpoint_gives_its_share_to_the_other
     let reply = say_to(&world.channel, &Select::version("1.2")).await;
     assert_eq!(reply.expect("an answer"), "canary");
 }
+
+/// Returns a channel with a traffic split, and the sender of its endpoint changes.
+fn split(split: TrafficSplit) -> (Changes, BalancedChannel) {
+    let (changes, stream) = mpsc::unbounded_channel();
+    let channel = BalancedChannel::builder()
+        .service("greeter")
+        .seed(7)
+        .split(split)
+        .discover(UnboundedReceiverStream::new(stream))
+        .connect_lazy();
+    (changes, channel)
+}
+
+#[tokio::test]
+async fn a_call_that_waits_is_not_sent_to_a_part_without_a_weight() {
+    let (changes, channel) = split(TrafficSplit::new().version("1.2", 0).rest(1));
+    let canary = Greeter::start("canary");
+    insert(&changes, &canary.address(), version("1.2"));
+    // The call waits while the canary is being connected.
+    let status = say(&channel).await.expect_err("only the canary is ready");
+    assert_eq!(status.code(), Code::Unavailable);
+    let expected = "no part of the traffic split has a ready endpoint";
+    assert!(status.message().contains(expected), "{}", status.message());
+    let stable = Greeter::start("stable");
+    insert(&changes, &stable.address(), version("1.1"));
+    ready(&channel, 2).await;
+    assert_eq!(tally(&channel, 20).await["stable"], 20);
+}
+
+/// Makes calls in the background that select this version, until the server allows no more. The server allows one call on each connection,
+/// and the channel opens two connections.
+async fn fill(channel: &BalancedChannel, server: &mut Raw, of: &str) -> [support::Accepted; 2] {
+    let mut accept = async || {
+        let (channel, select) = (channel.clone(), Select::version(of));
+        tokio::spawn(async move { say_to(&channel, &select).await });
+        server.accept().await
+    };
+    [accept().await, accept().await]
+}
+
+fn waiting(channel: &BalancedChannel) -> usize {
+    channel.0.shared().waiters().waiting()
+}
+
+#[tokio::test]
+async fn a_call_that_waits_for_a_part_gets_no_stream_of_another_part() {
+    // A part with this weight is practically never drawn.
+    let (changes, channel) = split(TrafficSplit::new().version("1.2", 1).rest(u32::MAX));
+    let mut canary = Raw::start(|_| {});
+    let mut stable = Raw::start(|builder| {
+        builder.max_concurrent_streams(1);
+    });
+    insert(&changes, &canary.address(), version("1.2"));
+    insert(&changes, &stable.address(), version("1.1"));
+    ready(&channel, 2).await;
+    let selected = tokio::spawn({
+        let channel = channel.clone();
+        async move { say_to(&channel, &Select::version("1.2")).await }
+    });
+    let at_canary = canary.accept().await;
+    let [first, second] = fill(&channel, &mut stable, "1.1").await;
+    let call = tokio::spawn({
+        let channel = channel.clone();
+        async move { say(&channel).await }
+    });
+    until("the call waits", || waiting(&channel) == 1).await;
+    reply(at_canary).await;
+    selected.await.expect("no panic").expect("an answer");
+    assert_eq!(waiting(&channel), 1, "the call was sent to the canary");
+    reply(first).await;
+    reply(stable.accept().await).await;
+    call.await.expect("no panic").expect("an answer");
+    assert!(canary.try_accept().is_none());
+    reply(second).await;
+    idle(&channel).await;
+}
+
+#[tokio::test]
+async fn a_call_that_waits_keeps_the_part_that_it_has_drawn() {
+    const CALLS: usize = 80;
+    let (changes, channel) = split(TrafficSplit::new().version("1.2", 1).rest(1));
+    let mut canary = Raw::start(|_| {});
+    let mut stable = Raw::start(|builder| {
+        builder.max_concurrent_streams(1);
+    });
+    insert(&changes, &canary.address(), version("1.2"));
+    insert(&changes, &stable.address(), version("1.1"));
+    ready(&channel, 2).await;
+    let _held = fill(&channel, &mut stable, "1.1").await;
+    let mut calls = JoinSet::new();
+    for _ in 0..CALLS {
+        let channel = channel.clone();
+        calls.spawn(async move { say(&channel).await });
+    }
+    let mut at_canary = Vec::new();
+    until("each call is sent or waits", || {
+        at_canary.extend(std::iter::from_fn(|| canary.try_accept()));
+        at_canary.len() + waiting(&channel) == CALLS
+    })
+    .await;
+    // Half of the calls are expected at the canary, and seven eighths if each call draws three times. The standard deviation is 4.5.
+    let share = at_canary.len();
+    assert!((25..=55).contains(&share), "{share} calls at the canary");
+}
+
+#[tokio::test]
+async fn calls_that_wait_follow_a_new_split() {
+    let (changes, channel) = split(TrafficSplit::new().version("1.2", 0).rest(1));
+    let mut canary = Raw::start(|_| {});
+    let mut stable = Raw::start(|builder| {
+        builder.max_concurrent_streams(1);
+    });
+    insert(&changes, &canary.address(), version("1.2"));
+    insert(&changes, &stable.address(), version("1.1"));
+    ready(&channel, 2).await;
+    let _held = fill(&channel, &mut stable, "1.1").await;
+    let call = tokio::spawn({
+        let channel = channel.clone();
+        async move { say(&channel).await }
+    });
+    until("the call waits", || waiting(&channel) == 1).await;
+    let to_canary = TrafficSplit::new().version("1.2", 1).rest(0);
+    channel.set_split(to_canary).expect("valid");
+    reply(canary.accept().await).await;
+    call.await.expect("no panic").expect("an answer");
+}

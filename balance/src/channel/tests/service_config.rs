@@ -5,24 +5,25 @@ use tonic::Status;
 
 use super::support::{EMPTY_MESSAGE, PATIENCE, ok};
 use super::*;
-use crate::channel::{EndpointSource, Endpoints, ServiceConfig, SourceContext};
+use crate::channel::{EndpointSource, Endpoints, ServiceConfig, SourceContext, TrafficSplit};
 use crate::error::ChannelError;
 
 /// A source of fixed endpoints, with service configs that the test sends.
 struct Configured {
-    addresses: Vec<String>,
+    endpoints: Vec<(String, Attributes)>,
     configs: mpsc::UnboundedReceiver<Option<ServiceConfig>>,
 }
 
 impl EndpointSource for Configured {
-    type Attributes = ();
+    type Attributes = Attributes;
     type Error = std::convert::Infallible;
-    type Stream = tokio_stream::Iter<std::vec::IntoIter<Result<Change<Address, ()>, Self::Error>>>;
+    type Stream =
+        tokio_stream::Iter<std::vec::IntoIter<Result<Change<Address, Attributes>, Self::Error>>>;
 
     fn start(self, _: &SourceContext) -> Result<Endpoints<Self::Stream>, tower::BoxError> {
-        let changes = self.addresses.iter().map(|address| {
+        let changes = self.endpoints.into_iter().map(|(address, attributes)| {
             let address = address.parse().expect("an address");
-            Ok(Change::Insert(address, ()))
+            Ok(Change::Insert(address, attributes))
         });
         let changes: Vec<_> = changes.collect();
         let endpoints = Endpoints::new(tokio_stream::iter(changes));
@@ -33,12 +34,19 @@ impl EndpointSource for Configured {
 type Configs = mpsc::UnboundedSender<Option<ServiceConfig>>;
 
 fn configured(addresses: impl IntoIterator<Item = String>) -> (Configs, BalancedChannel) {
+    let addresses = addresses.into_iter();
+    configured_with(addresses.map(|address| (address, Attributes::new())))
+}
+
+fn configured_with(
+    endpoints: impl IntoIterator<Item = (String, Attributes)>,
+) -> (Configs, BalancedChannel) {
     let (sender, configs) = mpsc::unbounded_channel();
-    let addresses = addresses.into_iter().collect();
+    let endpoints = endpoints.into_iter().collect();
     let channel = BalancedChannel::builder()
         .service("greeter")
         .seed(7)
-        .source(Configured { addresses, configs })
+        .source(Configured { endpoints, configs })
         .connect_lazy();
     (sender, channel)
 }
@@ -310,4 +318,94 @@ async fn a_call_keeps_the_settings_with_which_it_was_made() {
     stream.send_data(message, false).expect("a stream");
     stream.send_trailers(ok()).expect("a stream");
     call.await.expect("no panic").expect("an answer");
+}
+
+/// Returns the server of each of a few keys; `None` if calls with the same key were sent to different servers.
+async fn servers_of_keys(channel: &BalancedChannel) -> Option<Vec<String>> {
+    let mut client = GreeterClient::new(channel.clone());
+    let mut servers = Vec::new();
+    for key in 0..8 {
+        let mut used = Vec::new();
+        for _ in 0..5 {
+            let mut request = Request::new(hello("world"));
+            let value = format!("customer-{key}").parse().expect("a value");
+            request.metadata_mut().insert("x-customer", value);
+            let reply = in_time("a call", client.say_hello(request)).await;
+            used.push(reply.expect("an answer").into_inner().message);
+        }
+        used.dedup();
+        if used.len() > 1 {
+            return None;
+        }
+        servers.extend(used);
+    }
+    Some(servers)
+}
+
+#[tokio::test]
+async fn a_running_channel_changes_to_the_consistent_hash_and_back() {
+    let greeters = ["alpha", "beta", "gamma"].map(Greeter::start);
+    let (configs, channel) = configured(greeters.iter().map(Greeter::address));
+    ready(&channel, 3).await;
+    assert_eq!(servers_of_keys(&channel).await, None);
+    let built = BalancedChannel::builder()
+        .policy(LbPolicy::RingHash)
+        .request_hash_header("x-customer")
+        .addresses(greeters.iter().map(Greeter::address))
+        .connect_lazy();
+    ready(&built, 3).await;
+    let expected = servers_of_keys(&built).await;
+    assert!(expected.is_some());
+    send(
+        &configs,
+        Some(
+            r#"{"loadBalancingConfig": [{"ring_hash_experimental": {"requestHashHeader": "X-Customer"}}]}"#,
+        ),
+    );
+    let changed = async { while servers_of_keys(&channel).await != expected {} };
+    in_time("the change to the consistent hash", changed).await;
+    send(&configs, None);
+    let changed = async { while servers_of_keys(&channel).await.is_some() {} };
+    in_time("the change of the policy", changed).await;
+}
+
+/// Waits until calls are sent to exactly these servers.
+async fn served_by(channel: &BalancedChannel, expected: &[&str]) {
+    let changed = async {
+        while tally(channel, 30)
+            .await
+            .keys()
+            .map(String::as_str)
+            .ne(expected.iter().copied())
+        {}
+    };
+    in_time("the change of the split", changed).await;
+}
+
+#[tokio::test]
+async fn a_running_channel_changes_its_split() {
+    let greeters = ["alpha", "beta"].map(Greeter::start);
+    let versions = ["1.1", "1.2"].map(|version| Attributes::new().with_version(version));
+    let (configs, channel) = configured_with(greeters.iter().map(Greeter::address).zip(versions));
+    ready(&channel, 2).await;
+    let shares = |canary: u32, rest: u32| {
+        format!(
+            r#"{{"loadBalancingConfig": [{{"split_experimental": {{
+                "split": [{{"label": {{"version": "1.2"}}, "weight": {canary}}}, {{"weight": {rest}}}],
+                "childPolicy": [{{"round_robin": {{}}}}]
+            }}}}]}}"#
+        )
+    };
+    send(&configs, Some(&shares(0, 1)));
+    served_by(&channel, &["alpha"]).await;
+    send(&configs, Some(&shares(1, 0)));
+    served_by(&channel, &["beta"]).await;
+    // By default, the split of the program takes precedence, and that of the service config applies again without it.
+    let of_program = TrafficSplit::new().version("1.1", 1);
+    channel.set_split(of_program).expect("valid");
+    served_by(&channel, &["alpha"]).await;
+    channel.set_split(TrafficSplit::new()).expect("valid");
+    served_by(&channel, &["beta"]).await;
+    send(&configs, None);
+    served_by(&channel, &["alpha", "beta"]).await;
 }
