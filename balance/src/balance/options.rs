@@ -3,7 +3,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::sync::watch;
+
 use super::outlier::OutlierDetection;
+use super::peer_index::PeerIndex;
 use super::pick_policy::ProvidedPolicy;
 use super::picker::LbPolicy;
 use super::traffic_split::TrafficSplit;
@@ -31,6 +34,10 @@ pub(crate) struct Options {
     pub(crate) pick_policy: Option<ProvidedPolicy>,
     /// The traffic split; empty if there is none.
     pub(crate) split: TrafficSplit,
+    /// The number of endpoints to which the channel connects; `None` stands for all.
+    pub(crate) subset_size: Option<usize>,
+    /// The index of the client among its peers, if the subset is an aperture.
+    pub(crate) peers: Option<watch::Receiver<Option<PeerIndex>>>,
     /// The instruments, if metrics are enabled.
     pub(crate) metrics: Option<Arc<ChannelMetrics>>,
 }
@@ -41,6 +48,7 @@ pub(crate) struct Reconfiguration {
     pub(crate) policy: LbPolicy,
     pub(crate) outlier_detection: Option<OutlierDetection>,
     pub(crate) health_check: Option<HealthCheck>,
+    pub(crate) subset_size: Option<usize>,
 }
 
 /// Callback for an endpoint to which no connection could be made. The driver calls it after each failed dial, so it must not block.
@@ -68,6 +76,8 @@ impl Default for Options {
             zone: None,
             pick_policy: None,
             split: TrafficSplit::new(),
+            subset_size: None,
+            peers: None,
             metrics: None,
         }
     }

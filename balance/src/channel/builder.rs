@@ -133,7 +133,8 @@ impl<S> ChannelBuilder<S> {
         self
     }
 
-    /// Sets the seed of the random numbers, which makes the picks repeatable. By default the picks are random.
+    /// Sets the seed of the random numbers, which makes the picks repeatable. By default the picks are random. Clients with the same seed
+    /// choose the same [subset](Self::subset).
     pub fn seed(mut self, seed: u64) -> Self {
         self.config.options.seed = Some(seed);
         self
@@ -521,6 +522,7 @@ impl Config {
         let program = ProgramOptions {
             policy: self.policy,
             outlier_detection: options.outlier_detection.take(),
+            subset_size: options.subset_size.take(),
             health_check: self.health_check,
             health_client: HealthCheck {
                 service: String::new(),
@@ -539,6 +541,7 @@ impl Config {
         options.policy = balancing.policy;
         options.outlier_detection = balancing.outlier_detection;
         options.health_check = balancing.health_check;
+        options.subset_size = balancing.subset_size;
         let changes = changes.map(with_attributes);
         let feed = match known {
             Some(known) => Updates::known_after(changes, known),

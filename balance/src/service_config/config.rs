@@ -52,11 +52,13 @@ pub(crate) struct Parsed {
     pub(super) json: String,
 }
 
-/// The load-balancing policy of a service config, with outlier detection around it.
+/// The load-balancing policy of a service config, with outlier detection and a subset around it.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct LoadBalancing {
     pub(crate) policy: Option<LbPolicy>,
     pub(crate) outlier_detection: Option<OutlierDetection>,
+    /// The number of endpoints to which a channel connects; `None` stands for all.
+    pub(crate) subset_size: Option<usize>,
 }
 
 impl ServiceConfig {

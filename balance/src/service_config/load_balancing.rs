@@ -36,12 +36,16 @@ const KNOWN: &[Known] = &[
         name: "outlier_detection_experimental",
         parse: outlier_detection,
     },
+    Known {
+        name: "random_subsetting_experimental",
+        parse: random_subsetting,
+    },
 ];
 
 fn only(policy: LbPolicy) -> LoadBalancing {
     LoadBalancing {
         policy: Some(policy),
-        outlier_detection: None,
+        ..LoadBalancing::default()
     }
 }
 
@@ -150,8 +154,26 @@ fn outlier_detection(node: &Node<'_>) -> Result<LoadBalancing> {
         None => LoadBalancing::default(),
     };
     Ok(LoadBalancing {
-        policy: child.policy,
         outlier_detection: Some(detection),
+        ..child
+    })
+}
+
+/// Parses the settings of gRFC A68, and the policy inside. As in grpc-go, both fields are required, and have the names of Protobuf's JSON.
+fn random_subsetting(node: &Node<'_>) -> Result<LoadBalancing> {
+    let size = match node.field("subsetSize")? {
+        Some(size) => size.integer_in(1, u32::MAX)?,
+        None => return Err(node.missing("subsetSize", "an integer of at least 1")),
+    };
+    let size = usize::try_from(size).unwrap_or(usize::MAX);
+    let child = match node.field("childPolicy")? {
+        Some(list) => first_known(&list)?,
+        None => return Err(node.missing("childPolicy", "a list of policies")),
+    };
+    Ok(LoadBalancing {
+        // A subset of a subset has the smaller of the two sizes.
+        subset_size: Some(child.subset_size.map_or(size, |inner| inner.min(size))),
+        ..child
     })
 }
 

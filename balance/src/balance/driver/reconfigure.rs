@@ -1,4 +1,5 @@
-//! Applies settings that change while the channel runs: the policy, outlier detection and the health check. Connections stay open.
+//! Applies settings that change while the channel runs: the policy, outlier detection, the health check and the size of the subset. The
+//! connections to endpoints that the channel still uses stay open.
 
 use std::sync::Arc;
 
@@ -22,6 +23,7 @@ impl Driver {
             policy,
             outlier_detection,
             health_check,
+            subset_size,
         } = settings;
         if policy != self.options.policy {
             self.set_policy(policy);
@@ -31,6 +33,11 @@ impl Driver {
         }
         if health_check != self.options.health_check {
             self.set_health_check(health_check);
+        }
+        if subset_size != self.options.subset_size {
+            tracing::info!(?subset_size, "the size of the subset changes");
+            self.options.subset_size = subset_size;
+            self.set_subset_size(subset_size);
         }
     }
 
