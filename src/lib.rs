@@ -92,9 +92,10 @@ pub mod channel {
     pub use tonic_balance::channel::{
         Addresses, Attributes, ChannelBuilder, Discover, Dns, EjectionReason, EndpointSource,
         EndpointState, EndpointStatus, Endpoints, FailurePercentageEjection, HashKey,
-        HedgingPolicy, OutlierDetection, PickInfo, PickPolicy, ReadyEndpoint, ReadyEndpoints,
-        ResponseBody, ResponseFuture, RetryBudget, Routing, Select, ServedBy, ServiceConfig,
-        ServiceConfigMode, SourceContext, SuccessRateEjection, TrafficSplit, WaitForReady,
+        HedgingPolicy, OutlierDetection, PeerIndex, PickInfo, PickPolicy, ReadyEndpoint,
+        ReadyEndpoints, ResponseBody, ResponseFuture, RetryBudget, Routing, Select, ServedBy,
+        ServiceConfig, ServiceConfigMode, SourceContext, SuccessRateEjection, TrafficSplit,
+        WaitForReady,
     };
 }
 pub use tonic_balance::deadline;

@@ -433,6 +433,28 @@ async fn policies_4(registry: Registry) -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
+async fn policies_5(registry: Registry) -> Result<(), Box<dyn Error>> {
+    let channel = registry
+        .channel("helloworld.Greeter")
+        .subset(20)
+        .connect()
+        .await?;
+    Ok(())
+}
+
+async fn policies_6(registry: Registry) -> Result<(), Box<dyn Error>> {
+    use tonic_etcd::Address;
+
+    let own: Address = "10.0.0.5:50051".parse()?;
+    let frontends = registry.resolver("shop.Frontend").start();
+    let channel = registry
+        .channel("helloworld.Greeter")
+        .aperture(20, frontends.peer_index(async { Some(own) }))
+        .connect()
+        .await?;
+    Ok(())
+}
+
 mod errors {
     use std::error::Error;
 

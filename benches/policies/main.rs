@@ -35,7 +35,7 @@ const SLOW: u64 = 250_000;
 /// A call that takes longer was sent to the slow server.
 const IS_SLOW: Duration = Duration::from_millis(125);
 /// The channels run for this time before the measurement, and then again for the measurement.
-const TIME: Duration = Duration::from_secs(60);
+const TIME: Duration = Duration::from_secs(30);
 
 #[derive(Clone, Copy)]
 enum Callers {

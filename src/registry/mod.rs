@@ -3,6 +3,7 @@
 mod builder;
 mod channel;
 pub(crate) mod channel_status;
+mod peers;
 mod registry;
 #[cfg(feature = "serde")]
 mod status_json;

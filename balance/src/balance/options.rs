@@ -4,8 +4,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use http::HeaderName;
+use tokio::sync::watch;
 
 use super::outlier::OutlierDetection;
+use super::peer_index::PeerIndex;
 use super::pick_policy::ProvidedPolicy;
 use super::picker::LbPolicy;
 use super::traffic_split::{TrafficSplit, TrafficSplits};
@@ -35,6 +37,10 @@ pub(crate) struct Options {
     pub(crate) pick_policy: Option<ProvidedPolicy>,
     /// The traffic splits of the program and of the service config.
     pub(crate) splits: TrafficSplits,
+    /// The number of endpoints to which the channel connects; `None` stands for all.
+    pub(crate) subset_size: Option<usize>,
+    /// The index of the client among its peers, if the subset is an aperture.
+    pub(crate) peers: Option<watch::Receiver<Option<PeerIndex>>>,
     /// The instruments, if metrics are enabled.
     pub(crate) metrics: Option<Arc<ChannelMetrics>>,
 }
@@ -48,12 +54,14 @@ impl Options {
             split,
             outlier_detection,
             health_check,
+            subset_size,
         } = settings;
         self.policy = policy;
         self.hash_header = hash_header;
         self.splits.of_service_config = split;
         self.outlier_detection = outlier_detection;
         self.health_check = health_check;
+        self.subset_size = subset_size;
     }
 }
 
@@ -66,6 +74,7 @@ pub(crate) struct Reconfiguration {
     pub(crate) split: TrafficSplit,
     pub(crate) outlier_detection: Option<OutlierDetection>,
     pub(crate) health_check: Option<HealthCheck>,
+    pub(crate) subset_size: Option<usize>,
 }
 
 /// Callback for an endpoint to which no connection could be made. The driver calls it after each failed dial, so it must not block.
@@ -94,6 +103,8 @@ impl Default for Options {
             zone: None,
             pick_policy: None,
             splits: TrafficSplits::default(),
+            subset_size: None,
+            peers: None,
             metrics: None,
         }
     }

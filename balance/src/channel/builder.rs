@@ -133,7 +133,8 @@ impl<S> ChannelBuilder<S> {
         self
     }
 
-    /// Sets the seed of the random numbers, which makes the picks repeatable. By default the picks are random.
+    /// Sets the seed of the random numbers, which makes the picks repeatable. By default the picks are random. Clients with the same seed
+    /// choose the same [subset](Self::subset).
     pub fn seed(mut self, seed: u64) -> Self {
         self.config.options.seed = Some(seed);
         self
@@ -523,6 +524,7 @@ impl Config {
             policy: self.policy,
             hash_header: options.hash_header.take(),
             outlier_detection: options.outlier_detection.take(),
+            subset_size: options.subset_size.take(),
             health_check: self.health_check,
             health_client: HealthCheck {
                 service: String::new(),

@@ -18,7 +18,7 @@ mod source;
 pub use crate::attributes::Attributes;
 pub use crate::balance::{
     EjectionReason, EndpointState, EndpointStatus, FailurePercentageEjection, HashKey,
-    OutlierDetection, PickInfo, PickPolicy, ReadyEndpoint, ReadyEndpoints, Select,
+    OutlierDetection, PeerIndex, PickInfo, PickPolicy, ReadyEndpoint, ReadyEndpoints, Select,
     SuccessRateEjection, TrafficSplit,
 };
 pub use crate::call::retry::{HedgingPolicy, RetryBudget};

@@ -1,16 +1,87 @@
-//! The options for the choice of endpoints: traffic split, consistent hash and a policy of the program.
+//! The options for the choice of endpoints: subset, traffic split, consistent hash and a policy of the program.
 
 use std::sync::Arc;
+
+use tokio::sync::watch;
 
 #[cfg(doc)]
 use super::ChannelError;
 use super::builder::ChannelBuilder;
-use super::{PickPolicy, TrafficSplit};
+use super::{PeerIndex, PickPolicy, TrafficSplit};
 #[cfg(doc)]
 use crate::balance::LbPolicy;
 use crate::balance::ProvidedPolicy;
 
 impl<S> ChannelBuilder<S> {
+    /// Connects to only `size` of the endpoints (gRFC A68). Default: the channel connects to all endpoints. 0 makes the channel
+    /// [invalid](ChannelError::InvalidOption). If there are fewer endpoints than `size`, all are used.
+    ///
+    /// The channel hashes the address of each endpoint with XXH64 and a random seed of the channel, and uses the endpoints with the smallest
+    /// hashes. The subset is computed when the set of endpoints changes, never for a call. If an endpoint is added or removed, at most one
+    /// endpoint of the subset changes. An endpoint that is still listed is removed from the subset only when its successor is ready.
+    ///
+    /// Weights and zones do not affect the choice. The [policy](Self::policy), the [zone](Self::zone), a [split](Self::split), selections
+    /// and outlier detection apply within the subset. An endpoint that is a [last
+    /// resort](crate::channel::Attributes::with_last_resort) does not count. It stays in the subset if it was part of it before.
+    ///
+    /// If an endpoint of the subset is failing for 10 s, the channel also connects to the next endpoint in the order of the hashes, until the
+    /// first one is ready again. If all endpoints of the subset are failing, it does so at once. This part is not in the gRFC. There are at
+    /// most `size` such additional endpoints.
+    ///
+    /// ```no_run
+    /// use tonic_balance::BalancedChannel;
+    ///
+    /// # fn run() {
+    /// let channel = BalancedChannel::builder()
+    ///     .subset(20)
+    ///     .dns("greeter.internal:50051")
+    ///     .connect_lazy();
+    /// # }
+    /// ```
+    pub fn subset(mut self, size: usize) -> Self {
+        if size == 0 {
+            let reason = "the size of the subset is 0, so the channel would have no endpoint";
+            self.config.refuse(reason.to_owned());
+        }
+        self.config.options.subset_size = (size > 0).then_some(size);
+        self
+    }
+
+    /// Connects to `size` of the endpoints, as [`subset`](Self::subset) does, but chooses them by the index of this client among its peers,
+    /// the other clients of the same endpoints. Default: disabled. 0 makes the channel [invalid](ChannelError::InvalidOption).
+    ///
+    /// If all peers have the same endpoints, the same `size` and the same number of peers, the numbers of peers per endpoint differ by at
+    /// most 1. The endpoints are the positions of a ring, in the order of the hashes of their addresses (XXH64, seed 0). Each peer uses `size`
+    /// neighbours of the ring, from the position `index * endpoints / count` on. Choose a `size` of at least `endpoints / count`. Otherwise
+    /// some endpoints have no client.
+    ///
+    /// While the index is `None`, the subset is that of [`subset`](Self::subset). Changes of the index take effect while the channel runs.
+    /// After the sender is dropped, the last index stays valid. If an endpoint is added or removed, at most two endpoints of the subset
+    /// change. If a peer joins or leaves, at most `endpoints / count` of them change, rounded up.
+    ///
+    /// `Resolver::peer_index` of `tonic-etcd` provides the index of a client that is registered in etcd.
+    ///
+    /// ```no_run
+    /// use tokio::sync::watch;
+    /// use tonic_balance::{BalancedChannel, channel::PeerIndex};
+    ///
+    /// # fn run() {
+    /// // The third of 300 clients.
+    /// let (peers, index) = watch::channel(PeerIndex::new(2, 300));
+    /// let channel = BalancedChannel::builder()
+    ///     .aperture(20, index)
+    ///     .dns("greeter.internal:50051")
+    ///     .connect_lazy();
+    /// // One client has left.
+    /// peers.send_replace(PeerIndex::new(2, 299));
+    /// # }
+    /// ```
+    pub fn aperture(self, size: usize, peers: watch::Receiver<Option<PeerIndex>>) -> Self {
+        let mut builder = self.subset(size);
+        builder.config.options.peers = Some(peers);
+        builder
+    }
+
     /// Sets a policy of the program, which picks the endpoint of each attempt. If it returns `None`, the policy set with
     /// [`policy`](Self::policy) picks. Default: none. The policy receives a copy of the headers and the extensions of each call.
     pub fn pick_policy(mut self, policy: impl PickPolicy) -> Self {

@@ -48,6 +48,7 @@ pub(super) struct ProgramOptions {
     pub(super) policy: Option<LbPolicy>,
     pub(super) hash_header: Option<HeaderName>,
     pub(super) outlier_detection: Option<OutlierDetection>,
+    pub(super) subset_size: Option<usize>,
     /// The name of the service whose health is watched.
     pub(super) health_check: Option<String>,
     /// The parameters of health checks, without the name of the service.
@@ -100,6 +101,7 @@ impl ProgramOptions {
                     service,
                     ..self.health_client.clone()
                 }),
+            subset_size: precedence.choose(self.subset_size, config.balancing.subset_size),
         };
         let methods = ServiceMethods {
             table: &config.methods,

@@ -62,6 +62,8 @@ pub(crate) struct LoadBalancing {
     pub(crate) hash_header: Option<HeaderName>,
     pub(crate) split: Option<TrafficSplit>,
     pub(crate) outlier_detection: Option<OutlierDetection>,
+    /// The number of endpoints to which a channel connects; `None` stands for all.
+    pub(crate) subset_size: Option<usize>,
 }
 
 impl ServiceConfig {

@@ -48,6 +48,10 @@ const KNOWN: &[Known] = &[
         name: "split_experimental",
         parse: split,
     },
+    Known {
+        name: "random_subsetting_experimental",
+        parse: random_subsetting,
+    },
 ];
 
 fn only(policy: LbPolicy) -> LoadBalancing {
@@ -225,6 +229,24 @@ fn split(node: &Node<'_>) -> Result<LoadBalancing> {
     Ok(LoadBalancing {
         split: Some(split),
         ..child_policy(node)?
+    })
+}
+
+/// Parses the settings of gRFC A68, and the policy inside. As in grpc-go, both fields are required, and have the names of Protobuf's JSON.
+fn random_subsetting(node: &Node<'_>) -> Result<LoadBalancing> {
+    let size = match node.field("subsetSize")? {
+        Some(size) => size.integer_in(1, u32::MAX)?,
+        None => return Err(node.missing("subsetSize", "an integer of at least 1")),
+    };
+    let size = usize::try_from(size).unwrap_or(usize::MAX);
+    let child = match node.field("childPolicy")? {
+        Some(list) => first_known(&list)?,
+        None => return Err(node.missing("childPolicy", "a list of policies")),
+    };
+    Ok(LoadBalancing {
+        // A subset of a subset has the smaller of the two sizes.
+        subset_size: Some(child.subset_size.map_or(size, |inner| inner.min(size))),
+        ..child
     })
 }
 

@@ -204,6 +204,34 @@ fn a_traffic_split_is_parsed() {
 }
 
 #[test]
+fn a_subset_wraps_a_policy_or_outlier_detection_and_the_reverse() {
+    let balancing = |list: &str| {
+        let config = parse(&format!(r#"{{"loadBalancingConfig": [{list}]}}"#));
+        config.parsed().balancing.clone()
+    };
+    let least_request = r#"{"least_request_experimental": {}}"#;
+    let subset = |size: u32, child: &str| {
+        format!(
+            r#"{{"random_subsetting_experimental": {{"subsetSize": {size}, "childPolicy": [{child}]}}}}"#
+        )
+    };
+    let detection = |child: &str| {
+        format!(r#"{{"outlier_detection_experimental": {{"childPolicy": [{child}]}}}}"#)
+    };
+    let plain = balancing(&subset(20, least_request));
+    assert_eq!(plain.subset_size, Some(20));
+    assert_eq!(plain.policy, Some(LbPolicy::LeastRequest));
+    assert_eq!(plain.outlier_detection, None);
+    let inside = balancing(&subset(20, &detection(least_request)));
+    let around = balancing(&detection(&subset(20, least_request)));
+    assert!(inside.outlier_detection.is_some());
+    assert_eq!(inside, around);
+    assert_eq!(inside.subset_size, Some(20));
+    let nested = balancing(&subset(20, &subset(5, least_request)));
+    assert_eq!(nested.subset_size, Some(5));
+}
+
+#[test]
 fn an_error_names_the_field_and_what_is_expected() {
     let retry = |fields: &str| {
         format!(
@@ -284,7 +312,7 @@ fn an_error_names_the_field_and_what_is_expected() {
         ),
         (
             r#"{"loadBalancingConfig": []}"#.to_owned(),
-            "loadBalancingConfig: expected one of round_robin, weighted_round_robin, least_request_experimental, latency_experimental, outlier_detection_experimental, ring_hash_experimental, split_experimental, found an empty list",
+            "loadBalancingConfig: expected one of round_robin, weighted_round_robin, least_request_experimental, latency_experimental, outlier_detection_experimental, ring_hash_experimental, split_experimental, random_subsetting_experimental, found an empty list",
         ),
         (
             r#"{"loadBalancingConfig": [{"a": 1, "b": 2}]}"#.to_owned(),
@@ -297,6 +325,18 @@ fn an_error_names_the_field_and_what_is_expected() {
         (
             r#"{"loadBalancingConfig": [{"outlier_detection_experimental": {"maxEjectionPercent": 101}}]}"#.to_owned(),
             "loadBalancingConfig[0].outlier_detection_experimental.maxEjectionPercent: expected an integer from 0 to 100, found 101",
+        ),
+        (
+            r#"{"loadBalancingConfig": [{"random_subsetting_experimental": {"childPolicy": [{"round_robin": {}}]}}]}"#.to_owned(),
+            "loadBalancingConfig[0].random_subsetting_experimental.subsetSize: expected an integer of at least 1, found nothing",
+        ),
+        (
+            r#"{"loadBalancingConfig": [{"random_subsetting_experimental": {"subsetSize": 0, "childPolicy": [{"round_robin": {}}]}}]}"#.to_owned(),
+            "loadBalancingConfig[0].random_subsetting_experimental.subsetSize: expected an integer from 1 to 4294967295, found 0",
+        ),
+        (
+            r#"{"loadBalancingConfig": [{"random_subsetting_experimental": {"subsetSize": 20}}]}"#.to_owned(),
+            "loadBalancingConfig[0].random_subsetting_experimental.childPolicy: expected a list of policies, found nothing",
         ),
     ] {
         assert_eq!(rejected(&json), error, "{json}");
@@ -371,7 +411,7 @@ fn the_path_of_a_deeply_nested_field_is_shortened() {
 /// A JSON value whose objects have the fields of a service config.
 fn value() -> impl Strategy<Value = serde_json::Value> {
     use serde_json::{Value, json};
-    const FIELDS: [&str; 27] = [
+    const FIELDS: [&str; 29] = [
         "methodConfig",
         "name",
         "service",
@@ -393,6 +433,8 @@ fn value() -> impl Strategy<Value = serde_json::Value> {
         "loadBalancingConfig",
         "round_robin",
         "outlier_detection_experimental",
+        "random_subsetting_experimental",
+        "subsetSize",
         "childPolicy",
         "ring_hash_experimental",
         "split_experimental",

@@ -22,6 +22,7 @@ use super::scaling::Scaling;
 use super::selections::Selections;
 use super::slow_start::SlowStart;
 use super::subchannel_table::Subchannels;
+use super::subset::{EndpointSubset, PeerUpdates};
 use super::timers::Timers;
 use super::zone_preference::ZonePreference;
 use crate::address::Address;
@@ -43,7 +44,11 @@ pub(in crate::balance) struct Driver {
     pub(super) options: Options,
     pub(super) rng: fastrand::Rng,
 
+    /// The endpoints to which the channel connects.
     pub(super) endpoints: HashMap<Address, EndpointEntry>,
+    /// Chooses these endpoints. `None` if the channel connects to all endpoints of the source.
+    pub(super) subset: Option<EndpointSubset>,
+    pub(super) peers: PeerUpdates,
     pub(super) subchannels: Subchannels,
     pub(super) events: Events,
 
@@ -79,7 +84,8 @@ impl Driver {
         let now = Instant::now();
         let takes_turns = options.policy.takes_turns();
         let is_hashed = options.policy == LbPolicy::RingHash;
-        Self {
+        let size = options.subset_size;
+        let mut driver = Self {
             picker: Arc::clone(&shared.published.load().picker),
             shared,
             connector,
@@ -87,6 +93,8 @@ impl Driver {
                 .seed
                 .map_or_else(fastrand::Rng::new, fastrand::Rng::with_seed),
             endpoints: HashMap::new(),
+            subset: None,
+            peers: PeerUpdates::new(options.peers.clone()),
             subchannels: Subchannels::default(),
             events: Events::new(),
             dials: Dials::default(),
@@ -107,7 +115,9 @@ impl Driver {
             refreshed_at: now,
             in_use: true,
             options,
-        }
+        };
+        driver.set_subset_size(size);
+        driver
     }
 
     pub(in crate::balance) async fn run<S, E>(mut self, mut changes: Updates<S>)
@@ -126,6 +136,7 @@ impl Driver {
                 Some((dial_id, event)) = self.events.recv() => self.on_event(dial_id, event),
                 Some(ended) = self.dials.ended() => self.on_dial_ended(ended),
                 () = self.shared.demand.notified() => self.on_demand(),
+                () = self.peers.changed() => self.on_peers(),
                 () = tokio::time::sleep_until(wake) => {}
                 batch = changes.next() => self.on_batch(batch),
             }
@@ -146,6 +157,9 @@ impl Driver {
         if self.detection.is_due(now) {
             self.detect_outliers(now);
         }
+        // The subset is updated before a publication. If all its endpoints are failing, calls then wait for the endpoints that replace them,
+        // and do not fail.
+        self.update_due_subset();
         // Reads the clock again, because the steps above may schedule a publication for a time after `now`. If `now` were used, such a
         // publication would not count as due in this iteration of the loop, and an outlier that was just ejected would stay in the ready
         // set until the next iteration.
@@ -160,6 +174,7 @@ impl Driver {
             self.publication.next(),
             self.detection.next(),
             self.scaling.next(),
+            self.subset.as_ref().and_then(EndpointSubset::next),
         ];
         let first = wakes.into_iter().flatten().min();
         let refresh = self.refresh_at();

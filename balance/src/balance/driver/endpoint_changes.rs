@@ -28,11 +28,17 @@ impl Driver {
             match change {
                 Ok(Change::Insert(address, attributes)) => {
                     self.publication.set_source_error(None);
-                    self.insert(&address, attributes);
+                    match &mut self.subset {
+                        Some(subset) => subset.insert(&address, attributes),
+                        None => self.insert(&address, attributes),
+                    }
                 }
                 Ok(Change::Remove(address)) => {
                     self.publication.set_source_error(None);
-                    self.remove(&address);
+                    match &mut self.subset {
+                        Some(subset) => subset.remove(&address),
+                        None => self.remove(&address),
+                    }
                 }
                 Err(error) => {
                     let error = causes(&*error.into());
@@ -42,6 +48,7 @@ impl Driver {
                 }
             }
         }
+        self.update_subset();
         if batch.known && is_usable && self.publication.set_known() {
             tracing::info!(
                 endpoints = self.endpoints.len(),
@@ -51,7 +58,8 @@ impl Driver {
         }
     }
 
-    fn insert(&mut self, address: &Address, attributes: Attributes) {
+    /// Adds an endpoint, or applies its changed attributes.
+    pub(super) fn insert(&mut self, address: &Address, attributes: Attributes) {
         let Some(entry) = self.endpoints.get_mut(address) else {
             return self.add(address, attributes);
         };
@@ -163,7 +171,8 @@ impl Driver {
         self.update_ready_set(id);
     }
 
-    fn remove(&mut self, address: &Address) {
+    /// Removes an endpoint. Its connections are closed after their last calls.
+    pub(super) fn remove(&mut self, address: &Address) {
         let Some(entry) = self.endpoints.remove(address) else {
             return;
         };

@@ -14,6 +14,7 @@ mod outliers_and_quarantine;
 mod publish;
 mod reconfigure;
 mod silence;
+mod subset_changes;
 mod too_many_pings;
 
 // The parts.
@@ -34,6 +35,7 @@ mod selection_changes;
 mod selections;
 mod slow_start;
 mod subchannel_table;
+mod subset;
 mod timers;
 mod zone_preference;
 

@@ -146,6 +146,9 @@ impl Driver {
             entry.endpoint.set_state(state);
         }
         self.publication.on_class(address, before, class);
+        if let Some(subset) = &mut self.subset {
+            subset.on_class(address, class, Instant::now());
+        }
     }
 
     /// Publishes the ready set and the summary.

@@ -1,5 +1,5 @@
-//! Applies settings that change while the channel runs: the policy, the traffic split of the service config, outlier detection and the
-//! health check. Connections stay open.
+//! Applies settings that change while the channel runs: the policy, the traffic split of the service config, outlier detection, the health
+//! check and the size of the subset. The connections to endpoints that the channel still uses stay open.
 
 use std::sync::Arc;
 
@@ -26,6 +26,7 @@ impl Driver {
             split,
             outlier_detection,
             health_check,
+            subset_size,
         } = settings;
         self.shared.set_hash_header(hash_header);
         self.shared.set_split_of_service_config(split);
@@ -37,6 +38,11 @@ impl Driver {
         }
         if health_check != self.options.health_check {
             self.set_health_check(health_check);
+        }
+        if subset_size != self.options.subset_size {
+            tracing::info!(?subset_size, "the size of the subset changes");
+            self.options.subset_size = subset_size;
+            self.set_subset_size(subset_size);
         }
     }
 

@@ -432,7 +432,7 @@ fn the_policies_in_virtual_time() {
                             callers,
                             policy,
                             seed: 17,
-                            time: 60 * SECOND,
+                            time: 30 * SECOND,
                         };
                         let outcome = World::new(case).run();
                         println!(

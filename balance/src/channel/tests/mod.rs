@@ -34,6 +34,7 @@ mod selection;
 #[cfg(feature = "service-config")]
 mod service_config;
 mod streams;
+mod subset;
 mod support;
 #[cfg(feature = "tls")]
 mod tls;

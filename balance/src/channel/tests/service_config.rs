@@ -94,6 +94,38 @@ async fn a_running_channel_changes_its_policy_and_keeps_its_connections() {
 }
 
 #[tokio::test]
+async fn a_running_channel_changes_the_size_of_its_subset() {
+    let servers = ["a", "b", "c", "d"].map(Greeter::start);
+    let (configs, channel) = configured(servers.iter().map(Greeter::address));
+    ready(&channel, 4).await;
+    let subset = |size: u32| {
+        format!(
+            r#"{{"loadBalancingConfig": [{{"random_subsetting_experimental": {{
+                "subsetSize": {size}, "childPolicy": [{{"round_robin": {{}}}}]
+            }}}}]}}"#
+        )
+    };
+    let size = async |expected: usize| {
+        ready(&channel, expected).await;
+        until("the other endpoints are gone", || {
+            channel.endpoints().len() == expected
+        })
+        .await;
+    };
+    send(&configs, Some(&subset(2)));
+    size(2).await;
+    let since = || channel.endpoints().iter().map(|one| one.since).min();
+    let before = since();
+    send(&configs, Some(&subset(3)));
+    size(3).await;
+    assert_eq!(since(), before, "the first two must stay connected");
+    assert!(say(&channel).await.is_ok());
+    send(&configs, None);
+    size(4).await;
+    assert_eq!(since(), before);
+}
+
+#[tokio::test]
 async fn a_running_channel_changes_timeouts_and_waiting() {
     let (configs, channel) = configured([refusing()]);
     until("the endpoint is failing", || {
