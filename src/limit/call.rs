@@ -30,6 +30,11 @@ impl Shared {
         }
     }
 
+    #[cfg(test)]
+    pub(super) fn baseline(&self) -> Option<Duration> {
+        lock(&self.gradient).baseline()
+    }
+
     /// Counts one more call in flight, unless the limit is reached. Then returns the time after which the call may be sent again.
     fn accept(&self) -> Result<Accepted, Duration> {
         let in_flight = self.in_flight.fetch_add(1, Ordering::Relaxed) + 1;

@@ -92,6 +92,11 @@ impl Gradient {
         Duration::try_from_secs_f64(baseline.latency).ok()
     }
 
+    #[cfg(test)]
+    pub(super) fn is_probing(&self) -> bool {
+        self.probe.is_some()
+    }
+
     /// Records that a call ended at `now`. `accepted` is the number of calls accepted so far.
     pub(super) fn on_end(&mut self, call: &Accepted, end: End, now: Instant, accepted: usize) {
         self.expire_probe(now, accepted);

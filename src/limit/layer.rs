@@ -42,19 +42,21 @@ use super::gradient::{Bounds, End};
 /// # The limit
 ///
 /// - The limit starts at 32.
-/// - A window is the calls accepted in 100 ms, but at least 20 and about 1 000 calls at most. When nine tenths of them have ended, the layer
-///   takes the latency that a quarter of them exceeds. The limit changes once for each window, and the next window begins.
-/// - If at least half of the limit was in flight in the window, the limit is multiplied by 1.25 times the ratio of the latency without a
+/// - A window is the calls that are accepted in 100 ms, or in the time for 20 calls if that is longer, or for 1 000 calls if that is shorter.
+///   When nine tenths of them have ended, the layer takes the latency that a quarter of them exceeds. Then the next window begins.
+/// - If at least half of the limit was in flight in the window (the server is *loaded*), the limit is multiplied by 1.25 times the ratio of the latency without a
 ///   queue to the latency of the window. The factor is between 0.5 and 1.25. Then 0.75 is added. So a server with `n` workers gets a limit
 ///   of about 1.25 `n` + 0.75.
 /// - If less than half of the limit was in flight, the limit does not change, and the latency without a queue moves a quarter of the way to
 ///   the latency of the window.
-/// - Under load, the latency without a queue is measured: the limit is halved for 30 calls. While the latency falls below 0.6 of that before,
-///   the limit is halved again. The mean of the result and the previous value is the new value, unless they differ by more than
-///   0.6 to 1.6 times. Calls over the reduced limit are refused.
-/// - It is measured when the first window is loaded, and when a loaded window reduces the limit and the last measurement is at least 1, then
-///   4, 16 and 30 s old. The intervals begin again with 1 s after a window that is not loaded, and when the limit has fallen to less than
-///   half of its value after the last measurement.
+/// - Under load, the latency without a queue is measured: the limit is halved until 30 calls have been accepted and nine tenths of them have
+///   ended. If their latency is less than 0.6 times that before, the limit is halved again. The last latency is the result. The mean of the
+///   result and the previous value is the new value, or the result alone if it is not 0.6 to 1.6 times the previous value. While the
+///   measurement lasts, calls over the halved limit are refused. It ends without a result after 1 s and 64 times the latency at its begin.
+/// - The first measurement is after the first window if that is loaded. Otherwise, it is at least 1 s after the last window that was not
+///   loaded. The next ones follow after 4 s, 16 s, and then every 30 s, or after 1 s if the limit has fallen by more than half. A measurement
+///   waits for a window that reduces the limit.
+/// - If a quarter of the calls of a loaded window do not end by themselves, and the latency without a queue is unknown, the limit is halved.
 /// - All clones of the layer share one limit, so it applies to all connections of a server together.
 ///
 /// # Where to add the layer
@@ -91,6 +93,11 @@ impl AdaptiveLimitLayer {
     #[must_use]
     pub fn limit(&self) -> usize {
         self.shared.limit.load(Ordering::Relaxed)
+    }
+
+    #[cfg(test)]
+    pub(super) fn baseline(&self) -> Option<Duration> {
+        self.shared.baseline()
     }
 
     /// Returns the number of calls in flight. It may exceed the limit, after the limit has fallen, and when several handlers that waited for

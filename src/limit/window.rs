@@ -119,9 +119,7 @@ impl Window {
         let rank = calls * 3 / 4;
         let missing = calls.saturating_sub(self.latencies.len());
         let latency = if rank < self.latencies.len() {
-            let (_, latency, _) = self
-                .latencies
-                .select_nth_unstable_by(rank, f64::total_cmp);
+            let (_, latency, _) = self.latencies.select_nth_unstable_by(rank, f64::total_cmp);
             *latency
         } else {
             now.saturating_duration_since(self.since).as_secs_f64()

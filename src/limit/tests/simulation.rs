@@ -31,8 +31,8 @@ pub(super) struct Simulation {
     /// The mean time that a worker needs for a call.
     pub(super) service: u64,
     pub(super) distribution: Distribution,
-    /// The rate of the calls that need a worker, relative to the capacity.
-    pub(super) load: f64,
+    /// The rates of the calls that need a worker, relative to the capacity, one after the other.
+    pub(super) loads: &'static [f64],
     /// Of ten calls, so many fail after 20 µs without a worker. They arrive in addition to the load.
     pub(super) rejected: u64,
     /// The time after which a call is dropped.
@@ -47,8 +47,10 @@ pub(super) struct Outcome {
     pub(super) goodput: f64,
     pub(super) p99: Duration,
     pub(super) refused: usize,
-    /// The part of the limits, seen by the calls that arrive, that is exceeded by one of hundred.
-    pub(super) limit: usize,
+    /// The limit that the calls of the last second see.
+    pub(super) limit: f64,
+    /// The seconds in which the controller begins to measure the baseline.
+    pub(super) probes: Vec<u64>,
 }
 
 /// The times at which a call ends and began, how it ends, and the call.
@@ -67,6 +69,8 @@ struct Run {
     endings: BinaryHeap<Reverse<Ending>>,
     latencies: Vec<u64>,
     limits: Vec<usize>,
+    is_probing: bool,
+    probes: Vec<u64>,
     refused: usize,
 }
 
@@ -77,7 +81,7 @@ impl Simulation {
             workers,
             service: u64::try_from(service.as_micros()).unwrap(),
             distribution: Distribution::Narrow,
-            load: 2.0,
+            loads: &[2.0],
             rejected: 0,
             deadline: None,
             seconds: 60,
@@ -100,6 +104,8 @@ impl Simulation {
             endings: BinaryHeap::new(),
             latencies: Vec::new(),
             limits: Vec::new(),
+            is_probing: false,
+            probes: Vec::new(),
             refused: 0,
         };
         let outcome = run.run();
@@ -117,7 +123,9 @@ impl Run {
         let end = self.simulation.seconds * 1_000_000;
         let warm = end / 4;
         let rejected = as_f64(self.simulation.rejected);
-        let rate = self.simulation.load * self.simulation.capacity() * 10.0 / (10.0 - rejected);
+        let capacity = self.simulation.capacity() * 10.0 / (10.0 - rejected);
+        let loads = self.simulation.loads;
+        let phase = end / u64::try_from(loads.len()).unwrap();
         let mut now = 0;
         while now < end {
             while let Some(Reverse(ending)) = self.endings.peek().copied()
@@ -127,14 +135,15 @@ impl Run {
                 self.end(ending, warm);
             }
             self.arrive(now, warm);
-            now += self.exponential(1e6 / rate).max(1);
+            let load = loads[usize::try_from(now / phase).unwrap()];
+            now += self.exponential(1e6 / (load * capacity)).max(1);
         }
         self.outcome(end - warm)
     }
 
     fn arrive(&mut self, now: u64, warm: u64) {
         let limit = self.gradient.limit();
-        if now > warm {
+        if now + 1_000_000 >= self.simulation.seconds * 1_000_000 {
             self.limits.push(limit);
         }
         if self.in_flight >= limit {
@@ -165,7 +174,12 @@ impl Run {
         let end = now + self.service();
         let deadline = self.simulation.deadline;
         let deadline = deadline.map_or(u64::MAX, |deadline| self.arrivals[number] + deadline);
-        let ending = (end.min(deadline).max(now), number, self.arrivals[number], true);
+        let ending = (
+            end.min(deadline).max(now),
+            number,
+            self.arrivals[number],
+            true,
+        );
         self.endings.push(Reverse(ending));
     }
 
@@ -204,6 +218,11 @@ impl Run {
         let accepted = self.accepted.len();
         self.gradient
             .on_end(&self.accepted[number], end, now, accepted);
+        if self.gradient.is_probing() && !self.is_probing {
+            let time = now.saturating_duration_since(self.origin);
+            self.probes.push(time.as_secs());
+        }
+        self.is_probing = self.gradient.is_probing();
     }
 
     fn outcome(&mut self, measured: u64) -> Outcome {
@@ -213,7 +232,8 @@ impl Run {
             goodput: successes / seconds / self.simulation.capacity(),
             p99: Duration::from_micros(p99(&mut self.latencies).unwrap_or(0)),
             refused: self.refused,
-            limit: p99(&mut self.limits).unwrap_or(0),
+            limit: as_f64(self.limits.iter().sum::<usize>()) / as_f64(self.limits.len()),
+            probes: self.probes.clone(),
         }
     }
 
@@ -243,7 +263,7 @@ impl Run {
     }
 }
 
-fn p99<T: Copy + Ord>(values: &mut [T]) -> Option<T> {
+fn p99(values: &mut [u64]) -> Option<u64> {
     values.sort_unstable();
     values.get(values.len() * 99 / 100).copied()
 }
