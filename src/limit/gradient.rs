@@ -136,21 +136,23 @@ impl Gradient {
         match end {
             End::Success => self.window.record(call, latency, false),
             // A caller may also drop a call that is not late. Its latency has no meaning then.
-            End::Overrun if self.is_tolerable(latency) => self.window.skip(),
+            End::Overrun if !self.is_late(latency) => self.window.skip(),
             End::Overrun => self.window.record(call, latency, true),
             End::Unsampled => self.window.skip(),
         }
     }
 
-    fn is_tolerable(&self, latency: f64) -> bool {
+    fn is_late(&self, latency: f64) -> bool {
         self.baseline
-            .is_some_and(|baseline| latency <= baseline.latency * TOLERANCE)
+            .is_none_or(|baseline| latency > baseline.latency)
     }
 
     fn end_window(&mut self, measured: Measurement, now: Instant) {
-        let is_loaded = as_f64(measured.in_flight) >= self.limit / 2.0;
+        // If the deadlines are short, they bound the number of calls in flight, and not the limit.
+        let is_late = measured.is_lower_bound;
+        let is_loaded = is_late || as_f64(measured.in_flight) >= self.limit / 2.0;
         let is_first = self.baseline.is_none();
-        if !measured.is_lower_bound {
+        if !is_late {
             self.update_baseline(measured, is_loaded, now);
         }
         if !is_loaded {
@@ -163,23 +165,31 @@ impl Gradient {
             self.set_limit(self.limit * MIN_GRADIENT);
             return;
         };
-        if is_first {
+        if is_first && measured.in_flight >= self.limit() {
             // The server may have been overloaded since its start. Then the queue still grows, so its latency is not compared with the
             // latency at a lower limit.
             self.begin_probe(f64::INFINITY, measured.latency, now);
             return;
         }
         let gradient = TOLERANCE * baseline.latency / measured.latency;
-        let gradient = gradient.clamp(MIN_GRADIENT, TOLERANCE);
-        self.set_limit(self.limit * gradient + HEADROOM);
+        if is_late {
+            self.set_limit(self.limit * gradient.clamp(MIN_GRADIENT, 1.0));
+        } else {
+            self.set_limit(self.limit * gradient.clamp(MIN_GRADIENT, TOLERANCE) + HEADROOM);
+        }
         if self.limit < self.probed_limit / 2.0 {
             // Either there is a queue, or the calls are slower than before without one.
             self.probe_interval = FIRST_PROBE;
         }
         let age = now.saturating_duration_since(baseline.measured);
         // A latency that does not reduce the limit needs no explanation by a probe, which might refuse calls of a server without overload.
-        if age >= self.probe_interval && gradient < 1.0 {
-            self.begin_probe(measured.latency, measured.latency, now);
+        if age >= self.probe_interval && (is_late || gradient < 1.0) {
+            let before = if is_late {
+                f64::INFINITY
+            } else {
+                measured.latency
+            };
+            self.begin_probe(before, measured.latency, now);
         }
     }
 
@@ -314,7 +324,7 @@ const TOLERANCE: f64 = 1.25;
 /// The limit is at most halved at once, as in Envoy.
 const MIN_GRADIENT: f64 = 0.5;
 /// A server with `n` workers gets a limit of about `TOLERANCE * n + HEADROOM`. With one worker, that is one call that is served and one that
-/// waits: fewer would waste capacity, and more would make the latency more than twice the baseline. Envoy's headroom of `sqrt(limit)` does.
+/// waits: fewer would waste capacity, and more would make the latency more than twice the baseline. Envoy's headroom is `sqrt(limit)`, at least one.
 const HEADROOM: f64 = 0.75;
 /// One microsecond.
 const MIN_LATENCY: f64 = 1e-6;

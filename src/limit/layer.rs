@@ -37,7 +37,7 @@ use super::gradient::{Bounds, End};
 ///   time begins with the last frame. A call whose handler has waited more than twice has no latency, because it is a stream.
 /// - A call that fails before it sends a message has no latency, because a rejection may be much faster than the work that it avoids.
 /// - A call that is dropped because its client cancels it or its deadline passes, and a call that fails with `CANCELLED` or
-///   `DEADLINE_EXCEEDED`, counts with its latency so far if that is more than 1.25 times the latency without a queue.
+///   `DEADLINE_EXCEEDED`, counts with its latency so far if that is more than the latency without a queue.
 ///
 /// # The limit
 ///
@@ -53,10 +53,11 @@ use super::gradient::{Bounds, End};
 ///   ended. If their latency is less than 0.6 times that before, the limit is halved again. The last latency is the result. The mean of the
 ///   result and the previous value is the new value, or the result alone if it is not 0.6 to 1.6 times the previous value. While the
 ///   measurement lasts, calls over the halved limit are refused. It ends without a result after 1 s and 64 times the latency at its begin.
-/// - The first measurement is after the first window if that is loaded. Otherwise, it is at least 1 s after the last window that was not
-///   loaded. The next ones follow after 4 s, 16 s, and then every 30 s, or after 1 s if the limit has fallen by more than half. A measurement
+/// - The first measurement is after the first window if that reached the limit. Otherwise, it is at least 1 s after the last window that was
+///   not loaded. The next ones follow after 4 s, 16 s, and then every 30 s, or after 1 s if the limit has fallen by more than half. A measurement
 ///   waits for a window that reduces the limit.
-/// - If a quarter of the calls of a loaded window do not end by themselves, and the latency without a queue is unknown, the limit is halved.
+/// - A window in which a quarter of the calls do not end by themselves is loaded too. It does not increase the limit. If the latency without
+///   a queue is unknown, it halves the limit.
 /// - All clones of the layer share one limit, so it applies to all connections of a server together.
 ///
 /// # Where to add the layer

@@ -46,7 +46,7 @@ impl Calls {
     /// Accepts as many calls as the limit permits, and ends all of them at once.
     fn fill(&mut self, latency: Duration, end: End) {
         let limit = self.gradient.limit();
-        let calls: Vec<_> = (1..=limit).map(|number| self.accept(number)).collect();
+        let calls: Vec<_> = (0..limit).map(|_| self.accept(limit)).collect();
         self.now += latency;
         for call in &calls {
             self.end(call, end);
@@ -112,7 +112,7 @@ fn service_times_that_differ_widely_cost_little_goodput() {
 
 #[test]
 fn a_server_below_its_capacity_refuses_nothing() {
-    for workers in [1, 2, 8, 64] {
+    for workers in [1, 2, 8, 16] {
         for seed in 0..10 {
             let simulation = Simulation {
                 loads: &[0.5],
@@ -125,16 +125,32 @@ fn a_server_below_its_capacity_refuses_nothing() {
 }
 
 #[test]
+fn the_limit_of_a_server_that_can_serve_more_calls_at_once_grows() {
+    for seed in 0..10 {
+        let simulation = Simulation {
+            loads: &[0.5],
+            seconds: 10,
+            ..Simulation::overloaded(256, 10 * SERVICE)
+        };
+        let outcome = simulation.run(DEFAULT_BOUNDS, seed);
+        // The initial limit is a quarter of the load.
+        assert!(outcome.refused <= 2_500);
+        assert_eq!(outcome.refused_later, 0);
+    }
+}
+
+#[test]
 fn a_server_whose_calls_all_exceed_their_deadline_recovers() {
-    for workers in [1, 2] {
+    // With the initial limit, a call of one worker waits 31 service times. The deadlines permit 5, 10 or 20.
+    for deadline in [50_000, 100_000, 200_000] {
         for seed in 0..10 {
             let simulation = Simulation {
-                // With the initial limit, the calls wait 32 or 16 service times.
-                deadline: Some(100_000),
-                ..Simulation::overloaded(workers, SERVICE)
+                deadline: Some(deadline),
+                ..Simulation::overloaded(1, SERVICE)
             };
             let outcome = simulation.run(DEFAULT_BOUNDS, seed);
             assert!(outcome.goodput >= 0.9);
+            assert!(outcome.limit <= 6.0);
         }
     }
 }

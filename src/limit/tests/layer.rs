@@ -286,8 +286,7 @@ fn the_bounds_are_raised_to_one_and_to_each_other() {
     assert_eq!(AdaptiveLimitLayer::with_bounds(64, 2).limit(), 64);
 }
 
-/// Prints the cost of the layer for each call. In the profile for releases, it is XXX ns with one thread, of which YYY ns are readings of the
-/// clock, and ZZZ ns with two threads that do nothing else.
+/// Prints the cost of the layer for each call. Build with optimizations.
 #[test]
 #[ignore = "it measures, and asserts nothing"]
 fn the_cost_of_a_call() {

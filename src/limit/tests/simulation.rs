@@ -46,7 +46,10 @@ pub(super) struct Outcome {
     /// The calls that succeed, relative to the capacity.
     pub(super) goodput: f64,
     pub(super) p99: Duration,
+    /// The refused calls, from the start.
     pub(super) refused: usize,
+    /// The refused calls after the first quarter of the time.
+    pub(super) refused_later: usize,
     /// The limit that the calls of the last second see.
     pub(super) limit: f64,
     /// The seconds in which the controller begins to measure the baseline.
@@ -72,6 +75,7 @@ struct Run {
     is_probing: bool,
     probes: Vec<u64>,
     refused: usize,
+    refused_later: usize,
 }
 
 impl Simulation {
@@ -107,6 +111,7 @@ impl Simulation {
             is_probing: false,
             probes: Vec::new(),
             refused: 0,
+            refused_later: 0,
         };
         let outcome = run.run();
         println!("seed {seed}, {self:?}: {outcome:?}");
@@ -147,7 +152,8 @@ impl Run {
             self.limits.push(limit);
         }
         if self.in_flight >= limit {
-            self.refused += usize::from(now > warm);
+            self.refused += 1;
+            self.refused_later += usize::from(now > warm);
             let accepted = self.accepted.len();
             self.gradient.on_refusal(self.at(now), accepted);
             return;
@@ -232,6 +238,7 @@ impl Run {
             goodput: successes / seconds / self.simulation.capacity(),
             p99: Duration::from_micros(p99(&mut self.latencies).unwrap_or(0)),
             refused: self.refused,
+            refused_later: self.refused_later,
             limit: as_f64(self.limits.iter().sum::<usize>()) / as_f64(self.limits.len()),
             probes: self.probes.clone(),
         }
