@@ -68,6 +68,7 @@ const PACKAGES: &[Package] = &[
         ],
         pure: &[
             "limit/gradient",
+            "limit/window",
             "resolver/watcher",
             "resolver/instances",
             "resolver/hold",

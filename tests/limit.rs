@@ -9,14 +9,18 @@
 mod support;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use support::greeter::greeter_client::GreeterClient;
 use support::greeter::greeter_server::{Greeter, GreeterServer};
 use support::greeter::{HelloReply, HelloRequest};
 use support::{Registered, SERVICE, eventually, hello, registry};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, mpsc};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
+use tokio_stream::StreamExt;
+use tokio_stream::wrappers::UnboundedReceiverStream;
+use tonic::service::LayerExt;
 use tonic::transport::{Channel, Server};
 use tonic::{Code, Request, Response, Status, Streaming};
 use tonic_etcd::limit::AdaptiveLimitLayer;
@@ -29,6 +33,8 @@ use tonic_health::pb::health_client::HealthClient;
 struct Workers {
     free: Arc<Semaphore>,
     service: Duration,
+    /// The number of streams that handlers have begun to read.
+    streams: Arc<AtomicUsize>,
 }
 
 #[tonic::async_trait]
@@ -50,17 +56,27 @@ impl Greeter for Workers {
 
     async fn greet_all(
         &self,
-        _: Request<Streaming<HelloRequest>>,
+        requests: Request<Streaming<HelloRequest>>,
     ) -> Result<Response<HelloReply>, Status> {
-        Err(Status::unimplemented("not used"))
+        self.streams.fetch_add(1, Ordering::Relaxed);
+        let mut requests = requests.into_inner();
+        let mut messages = 0;
+        while requests.message().await?.is_some() {
+            messages += 1;
+        }
+        let message = messages.to_string();
+        Ok(Response::new(HelloReply { message }))
     }
 
     type ChatStream = tokio_stream::Empty<Result<HelloReply, Status>>;
 
+    /// Responds after the first message.
     async fn chat(
         &self,
-        _: Request<Streaming<HelloRequest>>,
+        requests: Request<Streaming<HelloRequest>>,
     ) -> Result<Response<Self::ChatStream>, Status> {
+        self.streams.fetch_add(1, Ordering::Relaxed);
+        requests.into_inner().message().await?;
         Ok(Response::new(tokio_stream::empty()))
     }
 }
@@ -70,6 +86,7 @@ struct World {
     client: GreeterClient<BalancedChannel>,
     address: String,
     free: Arc<Semaphore>,
+    streams: Arc<AtomicUsize>,
     limit: AdaptiveLimitLayer,
     server: Registered,
     _etcd: Etcd,
@@ -80,9 +97,11 @@ impl World {
         let etcd = support::etcd().await;
         let registry = registry(&etcd).await;
         let free = Arc::new(Semaphore::new(workers));
+        let streams = Arc::new(AtomicUsize::new(0));
         let greeter = GreeterServer::new(Workers {
             free: Arc::clone(&free),
             service,
+            streams: Arc::clone(&streams),
         });
         let router = Server::builder().layer(limit.clone()).add_service(greeter);
         let registration = registry.registration(SERVICE);
@@ -102,15 +121,15 @@ impl World {
             client: GreeterClient::new(channel),
             address,
             free,
+            streams,
             limit,
             server,
             _etcd: etcd,
         }
     }
 
-    /// Makes calls at a constant rate, whether or not earlier calls have ended. Returns the latencies of those that succeed and start after
-    /// `warm_up`, and the number of those that fail.
-    async fn load(&self, rate: u32, warm_up: Duration, time: Duration) -> (Vec<Duration>, usize) {
+    /// Makes calls at a constant rate, whether or not earlier calls have ended. Returns the outcome of those that start after `warm_up`.
+    async fn load(&self, rate: u32, timeout: Duration, warm_up: Duration, time: Duration) -> Load {
         let mut ticks = interval(Duration::from_secs(1) / rate);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Burst);
         let begin = Instant::now() + warm_up;
@@ -121,30 +140,51 @@ impl World {
             let mut client = self.client.clone();
             calls.spawn(async move {
                 let start = Instant::now();
-                let outcome = client.say_hello(hello()).await;
+                let mut request = Request::new(hello());
+                request.set_timeout(timeout);
+                let outcome = client.say_hello(request).await;
                 (start >= begin).then(|| outcome.map(|_| Instant::now() - start))
             });
         }
-        let mut latencies = Vec::new();
-        let mut refused = 0;
+        let mut load = Load {
+            time,
+            ..Load::default()
+        };
         while let Some(outcome) = calls.join_next().await {
-            match outcome.unwrap() {
-                Some(Ok(latency)) => latencies.push(latency),
-                Some(Err(status)) => {
-                    assert_eq!(status.code(), Code::ResourceExhausted, "{status:?}");
-                    refused += 1;
-                }
-                None => {}
+            match outcome.unwrap().transpose() {
+                Ok(latency) => load.latencies.extend(latency),
+                Err(status) if status.code() == Code::ResourceExhausted => load.refused += 1,
+                Err(status) if status.code() == Code::DeadlineExceeded => load.late += 1,
+                Err(status) => panic!("{status:?}"),
             }
         }
-        latencies.sort_unstable();
-        (latencies, refused)
+        load.latencies.sort_unstable();
+        load
     }
 }
 
-fn p99(latencies: &[Duration]) -> Duration {
-    latencies[latencies.len() * 99 / 100]
+/// The outcome of the calls of [`World::load`].
+#[derive(Default)]
+struct Load {
+    time: Duration,
+    /// The latencies of the calls that succeed.
+    latencies: Vec<Duration>,
+    refused: usize,
+    late: usize,
 }
+
+impl Load {
+    /// Returns the number of successful calls in a second.
+    fn goodput(&self) -> f64 {
+        f64::from(u32::try_from(self.latencies.len()).unwrap()) / self.time.as_secs_f64()
+    }
+
+    fn p99(&self) -> Duration {
+        self.latencies[self.latencies.len() * 99 / 100]
+    }
+}
+
+const SECOND: Duration = Duration::from_secs(1);
 
 #[tokio::test]
 async fn health_checks_of_an_overloaded_server_are_not_refused() {
@@ -185,27 +225,96 @@ async fn health_checks_of_an_overloaded_server_are_not_refused() {
     world.server.stopped().await.unwrap();
 }
 
-/// Eight workers and 40 ms: the capacity is 200 calls per second, which is far below that of the machine. The bounds allow for a machine that
-/// is busy with other tests.
+#[tokio::test]
+async fn streams_whose_clients_send_nothing_do_not_block_a_server() {
+    let world = World::new(AdaptiveLimitLayer::new(), 4, Duration::from_millis(1)).await;
+    let client = support::connect(&world.address).await;
+    let mut senders = Vec::new();
+    let mut uploads = Vec::new();
+    let mut chats = Vec::new();
+    // More than the limit of 32.
+    for number in 1..=80 {
+        let (sender, messages) = mpsc::unbounded_channel();
+        let messages = UnboundedReceiverStream::new(messages);
+        senders.push(sender);
+        let mut client = client.clone();
+        if number % 2 == 0 {
+            uploads.push(tokio::spawn(
+                async move { client.greet_all(messages).await },
+            ));
+        } else {
+            chats.push(tokio::spawn(async move { client.chat(messages).await }));
+        }
+        eventually("the handler waits", async || {
+            world.streams.load(Ordering::Relaxed) == number && world.limit.in_flight() == 0
+        })
+        .await;
+    }
+    for _ in 0..50 {
+        world.client.clone().say_hello(hello()).await.unwrap();
+    }
+    // Each of them continues.
+    for sender in senders {
+        sender.send(hello()).unwrap();
+        sender.send(hello()).unwrap();
+    }
+    for upload in uploads {
+        let reply = upload.await.unwrap().unwrap();
+        assert_eq!(reply.into_inner().message, "2");
+    }
+    for chat in chats {
+        let replies = chat.await.unwrap().unwrap();
+        assert_eq!(replies.into_inner().count().await, 0);
+    }
+    assert_eq!(world.limit.in_flight(), 0);
+    assert_eq!(world.limit.refused(), 0);
+    world.server.stopped().await.unwrap();
+}
+
+/// With the initial limit, a call waits 31 times 50 ms.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_whose_calls_all_exceed_their_deadlines_serves_again() {
+    let world = World::new(AdaptiveLimitLayer::new(), 1, Duration::from_millis(50)).await;
+    let load = world.load(40, SECOND / 2, 8 * SECOND, 4 * SECOND).await;
+    println!(
+        "{} of 20 calls/s, {} late, limit {}",
+        load.goodput(),
+        load.late,
+        world.limit.limit()
+    );
+    assert!(load.goodput() >= 12.0);
+    assert!(world.limit.limit() <= 8);
+    world.server.stopped().await.unwrap();
+}
+
+/// Four workers and 40 ms: the capacity is 100 calls per second, which is far below that of the machine. With the initial limit, a call takes
+/// eight times as long as without load. The bounds allow for a machine that is busy with other tests.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_overloaded_server_stays_fast_for_the_calls_that_it_accepts() {
-    let world = World::new(AdaptiveLimitLayer::new(), 8, Duration::from_millis(40)).await;
-    let second = Duration::from_secs(1);
-    let (unloaded, refused) = world.load(50, second, second * 3).await;
-    assert_eq!(refused, 0);
-    let (capacity, _) = world.load(200, second, second * 3).await;
-    let (loaded, refused) = world.load(400, second * 5, second * 5).await;
+    let world = World::new(AdaptiveLimitLayer::new(), 4, Duration::from_millis(40)).await;
+    let minute = 60 * SECOND;
+    let unloaded = world.load(25, minute, SECOND, 4 * SECOND).await;
+    assert_eq!(unloaded.refused, 0);
+    assert_eq!(world.limit.limit(), 32);
+    let loaded = world.load(200, minute, 5 * SECOND, 5 * SECOND).await;
+    let limit = world.limit.limit();
     println!(
-        "unloaded: p99 {:?}; at capacity: {} calls/s; at twice the capacity: {} calls/s, p99 {:?}, {} refused/s",
-        p99(&unloaded),
-        capacity.len() / 3,
-        loaded.len() / 5,
-        p99(&loaded),
-        refused / 5,
+        "unloaded: p99 {:?}; at twice the capacity: {} of 100 calls/s, p99 {:?}, limit {limit}",
+        unloaded.p99(),
+        loaded.goodput(),
+        loaded.p99(),
     );
-    assert!(loaded.len() / 5 >= 150);
-    // Without the limit, the calls at the end of the load would wait for seconds.
-    assert!(p99(&loaded) <= 5 * p99(&unloaded));
-    assert!(refused > 0);
+    assert!(limit <= 10);
+    assert!(loaded.goodput() >= 80.0);
+    assert!(loaded.p99() <= unloaded.p99() * 5 / 2);
+    assert!(loaded.refused > 0);
     world.server.stopped().await.unwrap();
+}
+
+/// A layer for one service only.
+#[test]
+fn the_layer_of_one_service_is_added_like_a_service() {
+    let greeter = support::greeter::NamedGreeter::default();
+    let greeter = AdaptiveLimitLayer::new().named_layer(GreeterServer::new(greeter));
+    let _router = Server::builder().add_service(greeter);
 }

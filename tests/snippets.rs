@@ -307,6 +307,17 @@ fn limit_of_a_server() {
     );
 }
 
+fn limit_of_a_service(greeter: greeter::NamedGreeter) {
+    use greeter::greeter_server::GreeterServer;
+
+    use tonic::service::LayerExt;
+    use tonic::transport::Server;
+    use tonic_etcd::limit::AdaptiveLimitLayer;
+
+    let greeter = AdaptiveLimitLayer::new().named_layer(GreeterServer::new(greeter));
+    let router = Server::builder().add_service(greeter);
+}
+
 mod metrics {
     use opentelemetry::metrics::MeterProvider;
     use opentelemetry_sdk::metrics::SdkMeterProvider;

@@ -2,66 +2,91 @@
 
 use std::fmt;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use http::{HeaderValue, Request, Response};
-use http_body::{Body, Frame, SizeHint};
 use pin_project_lite::pin_project;
-use tokio::time::Instant;
-use tonic::Status;
+use tonic::{Code, Status};
 use tower::{Layer, Service};
 
-use super::gradient::{Bounds, Gradient};
+use super::body::{LimitBody, LimitRequestBody};
+use super::call::{Call, Shared};
+use super::gradient::{Bounds, End};
 
 /// A [`tower::Layer`] for a server, which limits the number of calls in flight and adapts the limit to their latency. See the
 /// [module](super).
 ///
 /// A call over the limit fails at once with `RESOURCE_EXHAUSTED`. The header `grpc-retry-pushback-ms` of the response tells clients with a
-/// [retry policy](crate::RetryPolicy) when to send the call again (gRFC A6). Calls of the health service are never refused.
+/// [retry policy](crate::RetryPolicy) when to send the call again (gRFC A6): after twice the latency without a queue, between 10 ms and 1 s.
+/// Calls of the health service are never refused and do not count.
+///
+/// # Calls in flight
 ///
 /// - A call is in flight until its response begins. So the messages of a response stream do not count, and an open stream does not either.
-/// - The limit starts at 32, and changes at most every 100 ms, by the ratio of the latency without a queue to the current median latency.
-/// - To measure the latency without a queue, the limit is halved for about 20 calls: 1, 2, 4, 8 and 16 s after an overload begins, then
-///   every 30 s.
+/// - A call is not in flight while its handler waits for the client, that is, while the handler has polled the request body and the next
+///   frame has not arrived. When it arrives, the call is in flight again, even if the limit is reached. So idle uploads do not block a
+///   server.
+/// - A handler that waits for something else before its response begins, such as an event or another server, is in flight.
+///
+/// # Latencies
+///
+/// - The latency of a call is the time for which it was in flight, until its response began. If the handler has waited for the client, the
+///   time begins with the last frame. A call whose handler has waited more than twice has no latency, because it is a stream.
+/// - A call that fails before it sends a message has no latency, because a rejection may be much faster than the work that it avoids.
+/// - A call that is dropped because its client cancels it or its deadline passes, and a call that fails with `CANCELLED` or
+///   `DEADLINE_EXCEEDED`, counts with its latency so far if that is more than the latency without a queue.
+///
+/// # The limit
+///
+/// - The limit starts at 32.
+/// - A window is the calls that are accepted in 100 ms, or in the time for 20 calls if that is longer, or for 1 000 calls if that is shorter.
+///   When nine tenths of them have ended, the layer takes the latency that a quarter of them exceeds. Then the next window begins.
+/// - If at least half of the limit was in flight in the window (the server is *loaded*), the limit is multiplied by 1.25 times the ratio of the latency without a
+///   queue to the latency of the window. The factor is between 0.5 and 1.25. Then 0.75 is added. So a server with `n` workers gets a limit
+///   of about 1.25 `n` + 0.75.
+/// - If less than half of the limit was in flight, the limit does not change, and the latency without a queue moves a quarter of the way to
+///   the latency of the window.
+/// - Under load, the latency without a queue is measured: the limit is halved until 30 calls have been accepted and nine tenths of them have
+///   ended. If their latency is less than 0.6 times that before, the limit is halved again. The last latency is the result. The mean of the
+///   result and the previous value is the new value, or the result alone if it is not 0.6 to 1.6 times the previous value. While the
+///   measurement lasts, calls over the halved limit are refused. It ends without a result after 1 s and 64 times the latency at its begin.
+/// - The first measurement is after the first window if that reached the limit. Otherwise, it is at least 1 s after the last window that was
+///   not loaded. The next ones follow after 4 s, 16 s, and then every 30 s, or after 1 s if the limit has fallen by more than half. A measurement
+///   waits for a window that reduces the limit.
+/// - A window in which a quarter of the calls do not end by themselves is loaded too. It does not increase the limit. If the latency without
+///   a queue is unknown, it halves the limit.
 /// - All clones of the layer share one limit, so it applies to all connections of a server together.
 ///
-/// A server with methods of very different latencies should have one layer per service, because the limit follows the median of all calls.
+/// # Where to add the layer
+///
+/// The service gets a request with the body [`LimitRequestBody`]. So layers between this layer and the services must accept any body, as
+/// those of tonic and tower do. Add this layer last if one does not.
+///
+/// A server with methods of very different latencies should have one layer per service (`tonic::service::LayerExt::named_layer`), because
+/// the limit follows one percentile of all calls.
 #[derive(Clone)]
 pub struct AdaptiveLimitLayer {
     shared: Arc<Shared>,
 }
 
-struct Shared {
-    limit: AtomicUsize,
-    in_flight: AtomicUsize,
-    refused: AtomicUsize,
-    gradient: Mutex<Gradient>,
-}
-
 impl AdaptiveLimitLayer {
-    /// Creates a layer whose limit is between 4 and 10 000 calls.
+    /// Creates a layer whose limit is between 1 and 10 000 calls.
     #[must_use]
     pub fn new() -> Self {
         Self::with_bounds(DEFAULT_MIN, DEFAULT_MAX)
     }
 
-    /// Creates a layer whose limit is between `min` and `max` calls. `min` is at least 1, and `max` at least `min`; other values are raised.
+    /// Creates a layer whose limit is between `min` and `max` calls, also while it measures the latency without a queue. Smaller values are
+    /// raised: `min` to 1, `max` to `min`. A limit that may not fall to the number of calls that the server can serve at once keeps a queue.
     #[must_use]
     pub fn with_bounds(min: usize, max: usize) -> Self {
         let min = min.max(1);
         let max = max.max(min);
-        let gradient = Gradient::new(Bounds { min, max }, Instant::now());
-        let shared = Shared {
-            limit: AtomicUsize::new(gradient.limit()),
-            in_flight: AtomicUsize::new(0),
-            refused: AtomicUsize::new(0),
-            gradient: Mutex::new(gradient),
-        };
         Self {
-            shared: Arc::new(shared),
+            shared: Arc::new(Shared::new(Bounds { min, max })),
         }
     }
 
@@ -71,7 +96,13 @@ impl AdaptiveLimitLayer {
         self.shared.limit.load(Ordering::Relaxed)
     }
 
-    /// Returns the number of calls in flight.
+    #[cfg(test)]
+    pub(super) fn baseline(&self) -> Option<Duration> {
+        self.shared.baseline()
+    }
+
+    /// Returns the number of calls in flight. It may exceed the limit, after the limit has fallen, and when several handlers that waited for
+    /// their clients continue.
     #[must_use]
     pub fn in_flight(&self) -> usize {
         self.shared.in_flight.load(Ordering::Relaxed)
@@ -111,49 +142,12 @@ impl<S> Layer<S> for AdaptiveLimitLayer {
     }
 }
 
-impl Shared {
-    fn accept(self: &Arc<Self>) -> Result<Permit, Duration> {
-        let in_flight = self.in_flight.fetch_add(1, Ordering::Relaxed) + 1;
-        if in_flight <= self.limit.load(Ordering::Relaxed) {
-            return Ok(Permit {
-                shared: Arc::clone(self),
-                start: Instant::now(),
-                in_flight,
-            });
-        }
-        self.in_flight.fetch_sub(1, Ordering::Relaxed);
-        self.refused.fetch_add(1, Ordering::Relaxed);
-        let baseline = self.gradient.try_lock().ok();
-        let baseline = baseline.and_then(|gradient| gradient.baseline());
-        let pushback = baseline.unwrap_or_default() * PUSHBACK;
-        Err(pushback.clamp(MIN_PUSHBACK, MAX_PUSHBACK))
-    }
-}
+/// A call in flight. If it is dropped before its response begins, it overran its deadline or was cancelled.
+struct InFlight(Arc<Call>);
 
-/// One call in flight.
-struct Permit {
-    shared: Arc<Shared>,
-    start: Instant,
-    /// The number of calls in flight when the call was accepted.
-    in_flight: usize,
-}
-
-impl Permit {
-    /// Records the latency of a call whose response has begun.
-    fn end(self) {
-        // No call waits for the lock. Under contention, there are enough other calls to derive the limit from.
-        if let Ok(mut gradient) = self.shared.gradient.try_lock() {
-            gradient.on_end(self.start, Instant::now(), self.in_flight);
-            let limit = gradient.limit();
-            self.shared.limit.store(limit, Ordering::Relaxed);
-        }
-    }
-}
-
-impl Drop for Permit {
+impl Drop for InFlight {
     fn drop(&mut self) {
-        // A call that its caller cancels has no latency.
-        self.shared.in_flight.fetch_sub(1, Ordering::Relaxed);
+        self.0.end(End::Overrun);
     }
 }
 
@@ -166,7 +160,7 @@ pub struct AdaptiveLimit<S> {
 
 impl<S, B, R> Service<Request<B>> for AdaptiveLimit<S>
 where
-    S: Service<Request<B>, Response = Response<R>>,
+    S: Service<Request<LimitRequestBody<B>>, Response = Response<R>>,
 {
     type Response = Response<LimitBody<R>>;
     type Error = S::Error;
@@ -177,18 +171,20 @@ where
     }
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
-        let permit = if request.uri().path().starts_with(HEALTH) {
+        let call = if request.uri().path().starts_with(HEALTH) {
             None
         } else {
-            match self.limit.shared.accept() {
-                Ok(permit) => Some(permit),
+            match Call::accept(&self.limit.shared) {
+                Ok(call) => Some(call),
                 Err(pushback) => return LimitFuture::refused(pushback),
             }
         };
+        let in_flight = call.clone().map(InFlight);
+        let request = request.map(|body| LimitRequestBody::new(body, call));
         LimitFuture {
             state: State::Served {
                 future: self.inner.call(request),
-                permit,
+                in_flight,
             },
         }
     }
@@ -209,7 +205,7 @@ pin_project! {
         Served {
             #[pin]
             future: F,
-            permit: Option<Permit>,
+            in_flight: Option<InFlight>,
         },
         Refused {
             pushback: Duration,
@@ -233,13 +229,13 @@ where
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         match self.project().state.project() {
-            StateProjection::Served { future, permit } => {
+            StateProjection::Served { future, in_flight } => {
                 let response = ready!(future.poll(cx));
-                if let Some(permit) = permit.take() {
-                    permit.end();
+                if let Some(InFlight(call)) = in_flight {
+                    call.end(response.as_ref().map_or(End::Unsampled, end));
                 }
-                let response = response?;
-                Poll::Ready(Ok(response.map(|body| LimitBody { body: Some(body) })))
+                *in_flight = None;
+                Poll::Ready(Ok(response?.map(|body| LimitBody::new(Some(body)))))
             }
             StateProjection::Refused { pushback } => Poll::Ready(Ok(refusal(*pushback))),
         }
@@ -256,43 +252,25 @@ impl<F> fmt::Debug for LimitFuture<F> {
 fn refusal<R>(pushback: Duration) -> Response<LimitBody<R>> {
     let status =
         Status::resource_exhausted("the server is overloaded: its concurrency limit is reached");
-    let mut response = status.into_http::<()>().map(|()| LimitBody { body: None });
+    let mut response = status.into_http::<()>().map(|()| LimitBody::new(None));
     let pushback = HeaderValue::from(u64::try_from(pushback.as_millis()).unwrap_or(u64::MAX));
     response.headers_mut().insert(PUSHBACK_HEADER, pushback);
     response
 }
 
-pin_project! {
-    /// The response body of [`AdaptiveLimit`]. The body of a refused call is empty.
-    #[derive(Debug)]
-    pub struct LimitBody<B> {
-        #[pin]
-        body: Option<B>,
+/// Returns how a call ended whose response has this head.
+fn end<R>(response: &Response<R>) -> End {
+    if !response.status().is_success() {
+        return End::Unsampled;
     }
-}
-
-impl<B: Body> Body for LimitBody<B> {
-    type Data = B::Data;
-    type Error = B::Error;
-
-    fn poll_frame(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
-        match self.project().body.as_pin_mut() {
-            Some(body) => body.poll_frame(cx),
-            None => Poll::Ready(None),
-        }
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.body.as_ref().is_none_or(Body::is_end_stream)
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.body
-            .as_ref()
-            .map_or_else(|| SizeHint::with_exact(0), Body::size_hint)
+    // A call that fails without a message has its status in the head of the response.
+    match response.headers().get(Status::GRPC_STATUS) {
+        None => End::Success,
+        Some(status) => match Code::from_bytes(status.as_bytes()) {
+            Code::Ok => End::Success,
+            Code::Cancelled | Code::DeadlineExceeded => End::Overrun,
+            _ => End::Unsampled,
+        },
     }
 }
 
@@ -300,9 +278,6 @@ impl<B: Body> Body for LimitBody<B> {
 const HEALTH: &str = "/grpc.health.v1.Health/";
 /// gRFC A6.
 const PUSHBACK_HEADER: &str = "grpc-retry-pushback-ms";
-/// A refused call may be sent again after this many latencies without a queue.
-const PUSHBACK: u32 = 2;
-const MIN_PUSHBACK: Duration = Duration::from_millis(10);
-const MAX_PUSHBACK: Duration = Duration::from_secs(1);
-const DEFAULT_MIN: usize = 4;
+/// A server may have a single worker. A larger limit would keep a queue.
+const DEFAULT_MIN: usize = 1;
 const DEFAULT_MAX: usize = 10_000;

@@ -23,10 +23,14 @@
 //! # }
 //! ```
 
+mod body;
+mod call;
 mod gradient;
 mod layer;
+mod window;
 
-pub use layer::{AdaptiveLimit, AdaptiveLimitLayer, LimitBody, LimitFuture};
+pub use body::{LimitBody, LimitRequestBody};
+pub use layer::{AdaptiveLimit, AdaptiveLimitLayer, LimitFuture};
 
 #[cfg(test)]
 mod tests;

@@ -1,0 +1,310 @@
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::simulation::{DEFAULT_BOUNDS, Distribution, Simulation};
+use crate::limit::gradient::{Bounds, End, Gradient};
+use crate::limit::window::{Accepted, Window};
+
+/// Calls that are served one after the other, or all at once, as far as the controller sees.
+struct Calls {
+    gradient: Gradient,
+    now: Instant,
+    accepted: usize,
+}
+
+impl Calls {
+    fn new(bounds: Bounds) -> Self {
+        let now = Instant::now();
+        Self {
+            gradient: Gradient::new(bounds, now),
+            now,
+            accepted: 0,
+        }
+    }
+
+    fn accept(&mut self, in_flight: usize) -> Accepted {
+        self.accepted += 1;
+        Accepted {
+            number: self.accepted - 1,
+            at: self.now,
+            in_flight,
+        }
+    }
+
+    fn end(&mut self, call: &Accepted, end: End) {
+        self.gradient.on_end(call, end, self.now, self.accepted);
+    }
+
+    /// Serves a call while some calls are in flight.
+    fn serve(&mut self, latency: Duration, in_flight: usize, end: End) {
+        let call = self.accept(in_flight);
+        self.now += latency;
+        self.end(&call, end);
+    }
+
+    /// Accepts as many calls as the limit permits, and ends all of them at once.
+    fn fill(&mut self, latency: Duration, end: End) {
+        let limit = self.gradient.limit();
+        let calls: Vec<_> = (0..limit).map(|_| self.accept(limit)).collect();
+        self.now += latency;
+        for call in &calls {
+            self.end(call, end);
+        }
+    }
+
+    fn baseline(&self) -> Duration {
+        self.gradient.baseline().unwrap()
+    }
+}
+
+const MILLI: Duration = Duration::from_millis(1);
+const SERVICE: Duration = Duration::from_millis(10);
+
+/// The latency that one of hundred calls exceeds on an idle server.
+const UNLOADED: Duration = Duration::from_millis(11);
+
+#[test]
+fn a_server_at_twice_its_capacity_keeps_its_goodput_and_its_latency() {
+    for (workers, seconds) in [(1, 120), (2, 60), (3, 40), (8, 20), (64, 6)] {
+        for seed in 0..10 {
+            let simulation = Simulation {
+                seconds,
+                ..Simulation::overloaded(workers, SERVICE)
+            };
+            let outcome = simulation.run(DEFAULT_BOUNDS, seed);
+            assert!(outcome.goodput >= 0.9);
+            assert!(outcome.p99 <= 2 * UNLOADED);
+        }
+    }
+}
+
+/// The calls last much longer than the interval at which the limit changes.
+#[test]
+fn a_server_with_calls_of_seconds_keeps_its_goodput_and_its_latency() {
+    for seed in 0..10 {
+        let simulation = Simulation {
+            seconds: 200,
+            ..Simulation::overloaded(64, 200 * SERVICE)
+        };
+        let outcome = simulation.run(DEFAULT_BOUNDS, seed);
+        assert!(outcome.goodput >= 0.9);
+        assert!(outcome.p99 <= 2 * 200 * UNLOADED);
+    }
+}
+
+#[test]
+fn service_times_that_differ_widely_cost_little_goodput() {
+    for distribution in [Distribution::Exponential, Distribution::Bimodal] {
+        for (workers, seconds) in [(2, 60), (8, 20), (64, 6)] {
+            for seed in 0..10 {
+                let simulation = Simulation {
+                    distribution,
+                    seconds,
+                    ..Simulation::overloaded(workers, SERVICE)
+                };
+                let outcome = simulation.run(DEFAULT_BOUNDS, seed);
+                assert!(outcome.goodput >= 0.6);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_server_below_its_capacity_refuses_nothing() {
+    for workers in [1, 2, 8, 16] {
+        for seed in 0..10 {
+            let simulation = Simulation {
+                loads: &[0.5],
+                seconds: 20,
+                ..Simulation::overloaded(workers, SERVICE)
+            };
+            assert_eq!(simulation.run(DEFAULT_BOUNDS, seed).refused, 0);
+        }
+    }
+}
+
+#[test]
+fn the_limit_of_a_server_that_can_serve_more_calls_at_once_grows() {
+    for seed in 0..10 {
+        let simulation = Simulation {
+            loads: &[0.5],
+            seconds: 10,
+            ..Simulation::overloaded(256, 10 * SERVICE)
+        };
+        let outcome = simulation.run(DEFAULT_BOUNDS, seed);
+        // The initial limit is a quarter of the load.
+        assert!(outcome.refused <= 2_500);
+        assert_eq!(outcome.refused_later, 0);
+    }
+}
+
+#[test]
+fn a_server_whose_calls_all_exceed_their_deadline_recovers() {
+    // With the initial limit, a call of one worker waits 31 service times. The deadlines permit 5, 10 or 20.
+    for deadline in [50_000, 100_000, 200_000] {
+        for seed in 0..10 {
+            let simulation = Simulation {
+                deadline: Some(deadline),
+                ..Simulation::overloaded(1, SERVICE)
+            };
+            let outcome = simulation.run(DEFAULT_BOUNDS, seed);
+            assert!(outcome.goodput >= 0.9);
+            assert!(outcome.limit <= 6.0);
+        }
+    }
+}
+
+#[test]
+fn calls_that_are_rejected_at_once_do_not_reduce_the_goodput_of_the_others() {
+    for seed in 0..10 {
+        let simulation = Simulation {
+            rejected: 6,
+            seconds: 20,
+            ..Simulation::overloaded(8, SERVICE)
+        };
+        let outcome = simulation.run(DEFAULT_BOUNDS, seed);
+        assert!(outcome.goodput >= 0.9);
+        assert!(outcome.p99 <= 2 * UNLOADED);
+    }
+}
+
+#[test]
+fn the_baseline_is_measured_at_growing_intervals_that_begin_again_after_a_calm() {
+    let simulation = Simulation {
+        loads: &[2.0, 0.2, 2.0],
+        seconds: 180,
+        ..Simulation::overloaded(8, SERVICE)
+    };
+    let outcome = simulation.run(DEFAULT_BOUNDS, 1);
+    // At once, then after 4, 16 and 30 s. After the calm, the first interval is 1 s.
+    let expected = [0, 4, 20, 50, 121, 125, 141, 171];
+    let probes = outcome.probes;
+    assert_eq!(probes.len(), expected.len(), "{probes:?}");
+    for (probe, expected) in probes.iter().zip(expected) {
+        assert!(probe.abs_diff(expected) <= 2, "{probes:?}");
+    }
+}
+
+/// Also if it has been idle, or has served other calls before.
+#[test]
+fn the_baseline_follows_a_change_of_the_service_time() {
+    let mut calls = Calls::new(DEFAULT_BOUNDS);
+    for latency in [MILLI, 50 * MILLI] {
+        // The server is not loaded.
+        for _ in 0..2_000 {
+            calls.serve(latency, 3, End::Success);
+        }
+        assert!(calls.baseline().abs_diff(latency) < latency / 100);
+    }
+}
+
+#[test]
+fn the_baseline_follows_a_change_of_the_service_time_under_load() {
+    let mut calls = Calls::new(Bounds { min: 1, max: 100 });
+    for latency in [500 * MILLI, 100 * MILLI, 500 * MILLI] {
+        for _ in 0..1_000 {
+            calls.fill(latency, End::Success);
+        }
+        assert!(calls.baseline().abs_diff(latency) < latency / 100);
+        // The latency does not depend on the limit.
+        assert_eq!(calls.gradient.limit(), 100);
+    }
+}
+
+#[test]
+fn calls_that_are_dropped_late_reduce_the_limit() {
+    let mut calls = Calls::new(Bounds { min: 1, max: 1_000 });
+    // Without a baseline.
+    for _ in 0..3 {
+        calls.fill(1_000 * MILLI, End::Overrun);
+    }
+    assert!(calls.gradient.limit() <= 8, "{:?}", calls.gradient);
+    assert_eq!(calls.gradient.baseline(), None);
+    for _ in 0..50 {
+        calls.fill(100 * MILLI, End::Success);
+    }
+    let limit = calls.gradient.limit();
+    assert_eq!(limit, 1_000);
+    // With a baseline.
+    for _ in 0..3 {
+        calls.fill(1_000 * MILLI, End::Overrun);
+    }
+    assert!(calls.gradient.limit() <= limit / 4);
+    assert!(calls.baseline().abs_diff(100 * MILLI) < MILLI);
+}
+
+#[test]
+fn calls_that_are_dropped_early_or_fail_change_nothing() {
+    for end in [End::Overrun, End::Unsampled] {
+        let mut calls = Calls::new(DEFAULT_BOUNDS);
+        for _ in 0..100 {
+            calls.serve(10 * MILLI, 3, End::Success);
+        }
+        let baseline = calls.baseline();
+        for _ in 0..1_000 {
+            calls.serve(MILLI, 30, end);
+        }
+        assert_eq!(calls.baseline(), baseline);
+        assert_eq!(calls.gradient.limit(), 32);
+    }
+}
+
+#[test]
+fn calls_that_never_end_do_not_stop_the_controller() {
+    let mut calls = Calls::new(DEFAULT_BOUNDS);
+    for _ in 0..20 {
+        calls.accept(1);
+    }
+    for _ in 0..300 {
+        calls.serve(10 * MILLI, 21, End::Success);
+    }
+    assert!(calls.baseline().abs_diff(10 * MILLI) < MILLI);
+}
+
+#[test]
+fn a_probe_without_enough_calls_ends() {
+    let mut calls = Calls::new(DEFAULT_BOUNDS);
+    while !calls.gradient.is_probing() {
+        calls.fill(MILLI, End::Success);
+    }
+    assert!(calls.gradient.limit() <= 16);
+    calls.now += Duration::from_secs(2);
+    calls.gradient.on_refusal(calls.now, calls.accepted);
+    assert!(calls.gradient.limit() >= 32);
+}
+
+#[test]
+fn the_limit_stays_within_its_bounds() {
+    let mut calls = Calls::new(Bounds { min: 4, max: 40 });
+    for number in 0..10_000 {
+        // The latency grows without end at first, and is then constant.
+        calls.fill(Duration::from_micros(number.min(5_000)), End::Success);
+        assert!((4..=40).contains(&calls.gradient.limit()));
+    }
+    assert_eq!(calls.gradient.limit(), 40);
+}
+
+#[test]
+fn the_numbers_of_calls_may_wrap_around() {
+    let now = Instant::now();
+    let first = usize::MAX - 2;
+    let mut window = Window::new(first, now);
+    let call = |number| Accepted {
+        number,
+        at: now,
+        in_flight: 1,
+    };
+    let accepted = first.wrapping_add(5);
+    assert!(!window.contains(&call(first - 1), accepted));
+    for offset in 0..5 {
+        let call = call(first.wrapping_add(offset));
+        assert!(window.contains(&call, accepted));
+        window.record(&call, 1.0, false);
+    }
+    assert_eq!(window.open_calls(accepted), Some(5));
+    window.close(accepted);
+    assert!(window.is_complete(accepted, 1));
+    assert!(!window.contains(&call(accepted), accepted.wrapping_add(1)));
+    assert_eq!(window.measure(now).unwrap().calls, 5);
+}
