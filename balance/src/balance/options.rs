@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::load_weights::LoadReports;
 use super::outlier::OutlierDetection;
 use super::pick_policy::ProvidedPolicy;
 use super::picker::LbPolicy;
@@ -15,6 +16,10 @@ use crate::transport::health_client::HealthCheck;
 #[derive(Clone, Debug)]
 pub(crate) struct Options {
     pub(crate) policy: LbPolicy,
+    /// Whether calls read the load reports of the servers.
+    pub(crate) load_reports: bool,
+    /// How weights are computed from load reports; `None` if they are not.
+    pub(crate) load_weights: Option<LoadReports>,
     pub(crate) seed: Option<u64>,
     pub(crate) connections_per_endpoint: usize,
     pub(crate) max_backoff: Duration,
@@ -35,10 +40,23 @@ pub(crate) struct Options {
     pub(crate) metrics: Option<Arc<ChannelMetrics>>,
 }
 
+impl Options {
+    /// Sets the options that can change while the channel runs.
+    pub(crate) fn set(&mut self, settings: Reconfiguration) {
+        self.policy = settings.policy;
+        self.load_reports = settings.load_reports;
+        self.load_weights = settings.load_weights;
+        self.outlier_detection = settings.outlier_detection;
+        self.health_check = settings.health_check;
+    }
+}
+
 /// The options that can change while the channel runs.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Reconfiguration {
     pub(crate) policy: LbPolicy,
+    pub(crate) load_reports: bool,
+    pub(crate) load_weights: Option<LoadReports>,
     pub(crate) outlier_detection: Option<OutlierDetection>,
     pub(crate) health_check: Option<HealthCheck>,
 }
@@ -57,6 +75,8 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             policy: LbPolicy::default(),
+            load_reports: false,
+            load_weights: None,
             seed: None,
             connections_per_endpoint: 1,
             max_backoff: MAX_BACKOFF,

@@ -34,7 +34,9 @@ impl Published {
             ready: ReadySet::default(),
             subsets: None,
             summary: Summary::default(),
-            picker: Arc::new(Picker::new(options.policy, options.seed)),
+            picker: Arc::new(
+                Picker::new(options.policy, options.seed).with_load_reports(options.load_reports),
+            ),
         }
     }
 }

@@ -22,7 +22,9 @@ use super::source::{Addresses, Changes, Discover, EndpointSource, Endpoints, Sou
 use super::{BalancedChannel, ChannelError};
 use crate::address::{Address, AddressPolicy};
 use crate::attributes::Attributes;
-use crate::balance::{self, Balancer, Gauges, LbPolicy, Options, OutlierDetection, Updates};
+use crate::balance::{
+    self, Balancer, Gauges, LbPolicy, LoadReports, Options, OutlierDetection, Updates,
+};
 use crate::call::Core;
 use crate::call::method_config::{MethodTimeout, ProgramMethods};
 use crate::causes::causes;
@@ -56,6 +58,8 @@ pub(super) struct Config {
     user_agent: Option<HeaderValue>,
     origin: Option<Uri>,
     pub(super) hash_header: Option<HeaderName>,
+    /// The use of load reports, if the program has enabled it.
+    pub(super) load_reports: Option<LoadReports>,
     startup_timeout: Duration,
     pub(super) methods: ProgramMethods,
     pub(super) from_service: ServiceConfigOptions,
@@ -342,6 +346,7 @@ impl ChannelBuilder {
             user_agent: None,
             origin: None,
             hash_header: None,
+            load_reports: None,
             startup_timeout: STARTUP_TIMEOUT,
             methods: ProgramMethods::default(),
             from_service: ServiceConfigOptions::default(),
@@ -520,6 +525,7 @@ impl Config {
         let service_configs = service_configs.filter(|_| !is_ignored);
         let program = ProgramOptions {
             policy: self.policy,
+            load_reports: self.load_reports,
             outlier_detection: options.outlier_detection.take(),
             health_check: self.health_check,
             health_client: HealthCheck {
@@ -536,9 +542,7 @@ impl Config {
         if balancing.health_check.is_some() || service_configs.is_some() {
             connector.http2.reserved_streams = 1;
         }
-        options.policy = balancing.policy;
-        options.outlier_detection = balancing.outlier_detection;
-        options.health_check = balancing.health_check;
+        options.set(balancing);
         let changes = changes.map(with_attributes);
         let feed = match known {
             Some(known) => Updates::known_after(changes, known),

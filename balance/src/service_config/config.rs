@@ -3,7 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-use crate::balance::{LbPolicy, OutlierDetection};
+use crate::balance::{LbPolicy, LoadReports, OutlierDetection};
 use crate::call::method_config::MethodTable;
 use crate::call::retry::RetryBudget;
 
@@ -56,6 +56,8 @@ pub(crate) struct Parsed {
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct LoadBalancing {
     pub(crate) policy: Option<LbPolicy>,
+    /// How the policy computes weights from load reports; `None` if it does not.
+    pub(crate) load_weights: Option<LoadReports>,
     pub(crate) outlier_detection: Option<OutlierDetection>,
 }
 

@@ -16,6 +16,7 @@ use super::outlier_schedule::OutlierSchedule;
 use super::pending_publication::PendingPublication;
 use super::quarantine::Quarantines;
 use super::ready_set_pair::ReadySets;
+use super::reported_weights::ReportedWeights;
 use super::resting::Resting;
 use super::scaling::Scaling;
 use super::selections::Selections;
@@ -61,6 +62,7 @@ pub(in crate::balance) struct Driver {
     pub(super) latencies: Latencies,
     pub(super) slow_start: SlowStart,
     pub(super) zones: ZonePreference,
+    pub(super) reported_weights: ReportedWeights,
     pub(super) detection: OutlierSchedule,
     pub(super) quarantines: Quarantines,
     refreshed_at: Instant,
@@ -99,6 +101,7 @@ impl Driver {
             latencies: Latencies::new(),
             slow_start: SlowStart::new(options.slow_start),
             zones: ZonePreference::new(options.zone.clone()),
+            reported_weights: ReportedWeights::new(options.load_weights.clone(), now),
             detection: OutlierSchedule::new(options.outlier_detection.clone(), now),
             quarantines: Quarantines::default(),
             refreshed_at: now,
@@ -143,6 +146,9 @@ impl Driver {
         if self.detection.is_due(now) {
             self.detect_outliers(now);
         }
+        if self.reported_weights.take_due(now) {
+            self.update_reported_weights(now);
+        }
         // Reads the clock again, because the steps above may schedule a publication for a time after `now`. If `now` were used, such a
         // publication would not count as due in this iteration of the loop, and an outlier that was just ejected would stay in the ready
         // set until the next iteration.
@@ -157,6 +163,7 @@ impl Driver {
             self.publication.next(),
             self.detection.next(),
             self.scaling.next(),
+            self.reported_weights.next(),
         ];
         let first = wakes.into_iter().flatten().min();
         let refresh = self.refresh_at();
@@ -185,6 +192,11 @@ impl Driver {
         let primary = self.ready_sets.primary().map(ReadyEntry::load);
         let all = self.ready_sets.all().map(ReadyEntry::load);
         self.in_use = self.latencies.refresh(primary, all, ticks);
+        if self.options.load_reports {
+            let primary = self.ready_sets.primary().map(ReadyEntry::load);
+            let all = self.ready_sets.all().map(ReadyEntry::load);
+            self.latencies.refresh_server_loads(primary, all, ticks);
+        }
         self.forget_drained();
     }
 }
