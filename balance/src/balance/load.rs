@@ -35,7 +35,7 @@ pub(crate) struct Load {
     /// The calls of other clients that are in flight at the server, as picks count them. 0 without load reports.
     others: AtomicU32,
     /// The packed [`ServerLoad`] of the last load report; 0 if there is none.
-    server_load: AtomicU64,
+    reported: AtomicU64,
 }
 
 impl Load {
@@ -162,13 +162,13 @@ impl Load {
     pub(crate) fn on_server_load(&self, reported: u32, now: Ticks) {
         // Relaxed: other calls may start or end between the two loads. The number is an approximation in any case.
         let load = ServerLoad::new(reported, self.in_flight(), now);
-        self.server_load.store(load.pack(), Ordering::Relaxed);
+        self.reported.store(load.pack(), Ordering::Relaxed);
         self.set_others(load.others());
     }
 
     /// Returns the load of the last load report, if there is one.
     pub(crate) fn server_load(&self) -> Option<ServerLoad> {
-        ServerLoad::unpack(self.server_load.load(Ordering::Relaxed))
+        ServerLoad::unpack(self.reported.load(Ordering::Relaxed))
     }
 
     /// Updates the calls of other clients that picks count. `median`: the median of all servers. It counts for a server without a report,

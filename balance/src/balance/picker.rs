@@ -237,11 +237,11 @@ impl Picker {
 
     /// Returns whether the policy prefers the second slot to the first.
     fn is_worse<M: Candidate>(&self, first: &Slot<M>, second: &Slot<M>) -> bool {
-        let (first_one, second_one) = (&first.connection, &second.connection);
+        let (one, other) = (&first.connection, &second.connection);
         let in_flight = if self.uses_server_loads {
-            (first_one.server_in_flight(), second_one.server_in_flight())
+            (one.server_in_flight(), other.server_in_flight())
         } else {
-            (first_one.in_flight(), second_one.in_flight())
+            (one.in_flight(), other.in_flight())
         };
         let latencies = || (first.connection.latency(), second.connection.latency());
         let latencies = (self.policy == LbPolicy::Latency).then(latencies);

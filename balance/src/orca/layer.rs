@@ -222,16 +222,13 @@ mod tests {
     use crate::load_report::LoadReport;
 
     /// The frames of a response.
-    struct Frames(Vec<Result<Frame<Bytes>, &'static str>>);
+    struct Frames(Vec<Received>);
 
     impl Body for Frames {
         type Data = Bytes;
         type Error = &'static str;
 
-        fn poll_frame(
-            mut self: Pin<&mut Self>,
-            _: &mut Context<'_>,
-        ) -> Poll<Option<Result<Frame<Bytes>, &'static str>>> {
+        fn poll_frame(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Received>> {
             let next = (!self.0.is_empty()).then(|| self.0.remove(0));
             Poll::Ready(next)
         }
@@ -258,8 +255,12 @@ mod tests {
         }
     }
 
-    fn data() -> Result<Frame<Bytes>, &'static str> {
-        Ok(Frame::data(Bytes::from_static(b"message")))
+    type Received = Result<Frame<Bytes>, &'static str>;
+
+    /// Returns the frames of a response with a message and these trailers.
+    fn message(trailers: HeaderMap) -> Vec<Received> {
+        let data = Frame::data(Bytes::from_static(b"message"));
+        vec![Ok(data), Ok(Frame::trailers(trailers))]
     }
 
     fn status(code: &'static str) -> HeaderMap {
@@ -279,7 +280,7 @@ mod tests {
         recorder: &LoadRecorder,
         path: &str,
         head: HeaderMap,
-        frames: Vec<Result<Frame<Bytes>, &'static str>>,
+        frames: Vec<Received>,
     ) -> (HeaderMap, Pin<Box<ReportLoadBody<Frames>>>) {
         let mut response = Response::new(Frames(frames));
         *response.headers_mut() = head;
@@ -306,7 +307,7 @@ mod tests {
     async fn the_trailers_of_each_response_have_a_report() {
         let recorder = LoadRecorder::new();
         recorder.set_application_utilization(0.5);
-        let stream = || vec![data(), data(), Ok(Frame::trailers(status("0")))];
+        let stream = || message(status("0"));
         let (head, mut first) = call(&recorder, PATH, HeaderMap::new(), stream()).await;
         assert!(head.is_empty());
         let (_, mut second) = call(&recorder, PATH, HeaderMap::new(), stream()).await;
@@ -338,7 +339,7 @@ mod tests {
             "/grpc.health.v1.Health/Watch",
             "/xds.service.orca.v3.OpenRcaService/StreamCoreMetrics",
         ] {
-            let stream = vec![data(), Ok(Frame::trailers(status("0")))];
+            let stream = message(status("0"));
             let (_, mut body) = call(&recorder, path, HeaderMap::new(), stream).await;
             assert_eq!(recorder.requests_in_flight(), 0);
             let trailers = trailers(&mut body).await.expect("trailers");
@@ -349,7 +350,7 @@ mod tests {
     #[tokio::test]
     async fn a_response_that_is_not_grpc_has_no_report() {
         let recorder = LoadRecorder::new();
-        let not_grpc = vec![data(), Ok(Frame::trailers(HeaderMap::new()))];
+        let not_grpc = message(HeaderMap::new());
         let (_, mut body) = call(&recorder, PATH, HeaderMap::new(), not_grpc).await;
         let trailers = trailers(&mut body).await.expect("trailers");
         assert!(trailers.is_empty());
@@ -360,7 +361,7 @@ mod tests {
         let recorder = LoadRecorder::new();
         let mut own = status("0");
         own.insert(TRAILER, HeaderValue::from_static("SQAAAAAAAOA/"));
-        let stream = vec![data(), Ok(Frame::trailers(own))];
+        let stream = message(own);
         let (_, mut body) = call(&recorder, PATH, HeaderMap::new(), stream).await;
         let report = report(trailers(&mut body).await.expect("trailers")).expect("a report");
         assert_eq!(report.application_utilization(), Some(0.5));
@@ -371,13 +372,13 @@ mod tests {
     async fn failures_of_the_server_are_counted_and_errors_of_the_caller_are_not() {
         let recorder = LoadRecorder::new();
         for code in ["0", "5", "13", "14"] {
-            let stream = vec![data(), Ok(Frame::trailers(status(code)))];
+            let stream = message(status(code));
             let (_, mut body) = call(&recorder, PATH, HeaderMap::new(), stream).await;
             trailers(&mut body).await;
         }
         let (_, mut body) = call(&recorder, PATH, HeaderMap::new(), vec![Err("broken")]).await;
         trailers(&mut body).await;
-        let (_, body) = call(&recorder, PATH, HeaderMap::new(), vec![data()]).await;
+        let (_, body) = call(&recorder, PATH, HeaderMap::new(), message(status("0"))).await;
         drop(body);
         tokio::time::advance(std::time::Duration::from_secs(1)).await;
         let report = recorder.report(Instant::now());

@@ -72,7 +72,7 @@ impl LoadReports {
     /// Sets how much failed calls reduce a weight: the share of the calls that fail is multiplied by this number and added to the
     /// utilization. Default 1. A negative number, and a value that is not a number, count as 0.
     pub fn error_utilization_penalty(mut self, penalty: f64) -> Self {
-        self.error_utilization_penalty = penalty.max(0.0).min(f64::MAX);
+        self.error_utilization_penalty = penalty.max(0.0);
         self
     }
 
