@@ -14,7 +14,7 @@ REST := $(filter-out $(WAITING) api operate peers,$(FILES))
 # As in Cargo.toml.
 MSRV := 1.88.0
 # Each set of features is built and documented by itself.
-FEATURE_SETS := none tls health serde testing tls,health tls,testing health,testing
+FEATURE_SETS := none tls health orca serde testing tls,health tls,testing health,testing
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo lint features api minimal-versions msrv test test-newest interop operate soak bench bench-peers bench-policies instructions fleet pictures fmt clean
@@ -52,6 +52,7 @@ features: setup ## Check each feature alone, and in pairs, with its docs
 	done
 	$(CARGO) clippy --locked --quiet --lib -p tonic-balance --no-default-features -- -D warnings
 	$(CARGO) clippy --locked --quiet --lib -p tonic-balance --no-default-features --features service-config -- -D warnings
+	$(CARGO) clippy --locked --quiet --lib -p tonic-balance --no-default-features --features orca -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --quiet --no-deps -p tonic-balance --no-default-features
 
 api: setup ## Compare the public interface with the list in docs/api; API_UPDATE=1 writes the list

@@ -75,6 +75,7 @@
 //!
 //! - `tls`: TLS to etcd and to servers, with rustls;
 //! - `health`: the gRPC health service of a registered server, `RegistrationBuilder::health`;
+//! - `orca`: the load reports of a server, in the module `orca`;
 //! - `serde`: the status of a channel as JSON;
 //! - `testing`: a real etcd for tests, in the module `testing` (Unix only).
 //!
@@ -92,10 +93,10 @@ pub mod channel {
     pub use tonic_balance::channel::{
         Addresses, Attributes, ChannelBuilder, Discover, Dns, EjectionReason, EndpointSource,
         EndpointState, EndpointStatus, Endpoints, FailurePercentageEjection, HashKey,
-        HedgingPolicy, OutlierDetection, PeerIndex, PickInfo, PickPolicy, ReadyEndpoint,
-        ReadyEndpoints, ResponseBody, ResponseFuture, RetryBudget, Routing, Select, ServedBy,
-        ServiceConfig, ServiceConfigMode, SourceContext, SuccessRateEjection, TrafficSplit,
-        WaitForReady,
+        HedgingPolicy, LoadReport, LoadReports, OutlierDetection, PeerIndex, PickInfo, PickPolicy,
+        ReadyEndpoint, ReadyEndpoints, ResponseBody, ResponseFuture, RetryBudget, Routing, Select,
+        ServedBy, ServiceConfig, ServiceConfigMode, SourceContext, SuccessRateEjection,
+        TrafficSplit, WaitForReady,
     };
 }
 pub use tonic_balance::deadline;
@@ -133,5 +134,8 @@ pub use tonic_balance::__bench;
 #[cfg(feature = "tls")]
 #[cfg_attr(docsrs, doc(cfg(feature = "tls")))]
 pub use tonic_balance::TlsConfig;
+#[cfg(feature = "orca")]
+#[cfg_attr(docsrs, doc(cfg(feature = "orca")))]
+pub use tonic_balance::orca;
 pub use tonic_balance::traces;
 pub use tonic_balance::{Address, AddressPolicy, BalancedChannel, IpNet, LbPolicy, RetryPolicy};

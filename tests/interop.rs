@@ -12,6 +12,9 @@ mod support;
 
 #[path = "interop/greeter.rs"]
 mod interop_greeter;
+#[cfg(feature = "orca")]
+#[path = "interop/load_reports.rs"]
+mod load_reports;
 #[path = "interop/peer.rs"]
 mod peer;
 #[path = "interop/service_config.rs"]

@@ -26,11 +26,19 @@ const PACKAGES: &[Package] = &[
     Package {
         name: "tonic-balance",
         sources: concat!(env!("CARGO_MANIFEST_DIR"), "/balance/src"),
-        vocabulary: &["address", "attributes", "causes", "metrics", "traces"],
+        vocabulary: &[
+            "address",
+            "attributes",
+            "causes",
+            "load_report",
+            "metrics",
+            "traces",
+        ],
         allowed: &[
             ("transport", &[]),
             ("balance", &["transport"]),
             ("deadline", &["transport"]),
+            ("orca", &[]),
             ("call", &["balance", "deadline", "transport"]),
             ("service_config", &["call", "balance"]),
             (
@@ -46,9 +54,13 @@ const PACKAGES: &[Package] = &[
             "balance/estimate",
             "balance/hash_ring",
             "balance/latencies",
+            "balance/load_weights",
             "balance/outlier",
             "balance/peer_index",
+            "balance/server_load",
             "balance/zone",
+            "orca/cpu",
+            "orca/traffic",
         ],
     },
     Package {

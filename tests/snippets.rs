@@ -419,6 +419,49 @@ async fn policies_3(registry: Registry) -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
+async fn load_reports_of_a_server(registry: Registry) -> Result<(), Box<dyn Error>> {
+    use greeter::NamedGreeter as MyGreeter;
+    use greeter::greeter_server::GreeterServer;
+
+    use std::time::Duration;
+
+    use tonic::transport::Server;
+    use tonic_etcd::ServeRegistered;
+    use tonic_etcd::orca::{LoadRecorder, ReportLoadLayer};
+
+    let recorder = LoadRecorder::new();
+    // The program updates it, for example whenever a worker takes a job: 6 of 8 workers are busy.
+    recorder.set_application_utilization(0.75);
+    Server::builder()
+        .layer(ReportLoadLayer::new(recorder.clone()))
+        .add_service(GreeterServer::new(MyGreeter::default()))
+        // Optional: the same reports out of band, for clients that want them without calls.
+        .add_service(recorder.service(Duration::from_secs(30)))
+        .serve_registered(
+            "0.0.0.0:50051".parse()?,
+            registry.registration("helloworld.Greeter"),
+        )
+        .await?;
+    Ok(())
+}
+
+async fn load_reports_of_a_channel(registry: Registry) -> Result<(), Box<dyn Error>> {
+    use tonic_etcd::{LbPolicy, channel::LoadReports};
+
+    let channel = registry
+        .channel("helloworld.Greeter")
+        .policy(LbPolicy::WeightedRoundRobin)
+        .load_reports(LoadReports::new())
+        .connect()
+        .await?;
+    for endpoint in channel.endpoints() {
+        if let Some(report) = endpoint.load_report {
+            println!("{}: {:?}", endpoint.address, report.utilization());
+        }
+    }
+    Ok(())
+}
+
 async fn policies_4(registry: Registry) -> Result<(), Box<dyn Error>> {
     use tonic_etcd::channel::{PickInfo, PickPolicy, ReadyEndpoints};
 

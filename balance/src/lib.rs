@@ -27,6 +27,7 @@
 //!
 //! No feature is enabled by default.
 //!
+//! - `orca`: the load reports of a server, in the module `orca`. Channels read load reports without this feature.
 //! - `service-config`: parses gRPC's service config from JSON, for `ChannelBuilder::service_config`.
 //! - `serde`: the status of an endpoint as JSON;
 //! - `tls`: TLS to endpoints, with rustls.
@@ -39,7 +40,11 @@ mod call;
 mod causes;
 pub mod channel;
 pub mod deadline;
+mod load_report;
 pub mod metrics;
+#[cfg(feature = "orca")]
+#[cfg_attr(docsrs, doc(cfg(feature = "orca")))]
+pub mod orca;
 mod service_config;
 pub mod traces;
 mod transport;

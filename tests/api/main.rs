@@ -35,8 +35,8 @@ fn describe(package: &str) -> Value {
 /// Returns the features that a user of the package may enable.
 fn features(package: &str) -> &'static str {
     match package {
-        "tonic-balance" => "tls",
-        _ => "tls,health,testing",
+        "tonic-balance" => "tls,orca",
+        _ => "tls,health,orca,testing",
     }
 }
 

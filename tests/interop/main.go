@@ -22,6 +22,9 @@ func main() {
 		"list":           list,
 		"golden":         golden,
 		"channelz":       channelz,
+		"orca-server":    orcaServer,
+		"orca-client":    orcaClient,
+		"orca-balance":   orcaBalance,
 		"service-config": serviceConfig,
 	}
 	if len(os.Args) < 2 || modes[os.Args[1]] == nil {

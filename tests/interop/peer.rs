@@ -113,14 +113,13 @@ impl Go {
         if let Some(certificate) = certificate {
             command.args(["-certificate", certificate]);
         }
-        let mut peer = Peer::start(&mut command);
-        let line = timeout(SOON, peer.lines.next_line()).await.unwrap();
-        let line = line.unwrap().expect("the program prints a line");
-        let address = line
-            .strip_prefix("serving ")
-            .expect("the program prints its address");
-        address.clone_into(&mut peer.address);
-        peer
+        Peer::start(&mut command).serving().await
+    }
+
+    /// Starts a server that reports its load and is not registered.
+    pub async fn reporting_server(&self) -> Peer {
+        let mut command = Command::new(&self.0);
+        Peer::start(command.arg("orca-server")).serving().await
     }
 }
 
@@ -152,6 +151,17 @@ impl Peer {
             lines: BufReader::new(child.stdout.take().unwrap()).lines(),
             child,
         }
+    }
+
+    /// Waits until a Go server has printed its address.
+    async fn serving(mut self) -> Self {
+        let line = timeout(SOON, self.lines.next_line()).await.unwrap();
+        let line = line.unwrap().expect("the program prints a line");
+        let address = line
+            .strip_prefix("serving ")
+            .expect("the program prints its address");
+        address.clone_into(&mut self.address);
+        self
     }
 
     /// Returns the address of a Go server. The address of an example is empty.

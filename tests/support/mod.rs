@@ -42,6 +42,8 @@ pub mod roles;
 pub mod script;
 #[cfg(feature = "tls")]
 pub mod tls;
+#[cfg(feature = "orca")]
+pub mod utilization;
 
 use greeter::greeter_client::GreeterClient;
 use greeter::greeter_server::GreeterServer;

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
-use arc_swap::{ArcSwap, Guard};
+use arc_swap::{ArcSwap, ArcSwapOption, Guard};
 use http::StatusCode;
 use http::uri::Authority;
 use tokio::sync::Semaphore;
@@ -16,9 +16,11 @@ use super::estimate::Estimate;
 use super::hash_key::hash;
 use super::hash_ring::Name;
 use super::load::LoadHandle;
+use super::load_weights::has_weight;
 use super::outlier::Counts;
 use crate::address::Address;
 use crate::attributes::Attributes;
+use crate::load_report::LoadReport;
 
 /// One address with all its connections.
 #[derive(Debug)]
@@ -45,6 +47,10 @@ pub(crate) struct Endpoint {
     not_grpc: AtomicU32,
     /// The attributes, for calls that select endpoints by them, and for the metrics.
     attributes: ArcSwap<Attributes>,
+    /// The last load report of the server.
+    load_report: ArcSwapOption<LoadReport>,
+    /// The last load report from which a weight can be computed.
+    weight_report: ArcSwapOption<LoadReport>,
     details: Mutex<Details>,
 }
 
@@ -101,6 +107,8 @@ impl Endpoint {
             last_fault: AtomicU32::new(0),
             not_grpc: AtomicU32::new(0),
             attributes: ArcSwap::from_pointee(Attributes::new()),
+            load_report: ArcSwapOption::empty(),
+            weight_report: ArcSwapOption::empty(),
             details: Mutex::new(Details {
                 state: EndpointState::Idle,
                 since: Instant::now(),
@@ -153,6 +161,30 @@ impl Endpoint {
 
     pub(crate) fn attributes(&self) -> Guard<Arc<Attributes>> {
         self.attributes.load()
+    }
+
+    /// Records a load report of the server.
+    pub(super) fn on_load_report(&self, report: LoadReport) {
+        let report = Arc::new(report);
+        if has_weight(&report) {
+            self.weight_report.store(Some(Arc::clone(&report)));
+        }
+        self.load_report.store(Some(report));
+    }
+
+    /// Returns the last load report of the server.
+    pub(super) fn load_report(&self) -> Option<Arc<LoadReport>> {
+        self.load_report.load_full()
+    }
+
+    /// Returns the last load report from which a weight can be computed.
+    pub(super) fn weight_report(&self) -> Option<Arc<LoadReport>> {
+        self.weight_report.load_full()
+    }
+
+    /// Discards the report from which a weight is computed, because the endpoint was not ready for a while.
+    pub(super) fn forget_weight_report(&self) {
+        self.weight_report.store(None);
     }
 
     pub(super) fn set_ejection(&self, reason: Option<EjectionReason>) {
@@ -254,6 +286,8 @@ impl Endpoint {
         self.forget_silence();
         self.largest_metadata.store(0, Ordering::Relaxed);
         self.not_grpc.store(0, Ordering::Relaxed);
+        self.load_report.store(None);
+        self.weight_report.store(None);
     }
 
     pub(crate) fn largest_metadata(&self) -> usize {
@@ -335,6 +369,7 @@ impl Endpoint {
                 .sum(),
             latency: latency.map(|estimate| estimate.latency()),
             round_trip: connections.last().map(|connection| connection.round_trip),
+            load_report: self.load_report(),
             calls: self.calls.load(Ordering::Relaxed),
             failures: self.failures.load(Ordering::Relaxed),
             ejected: details.ejection.is_some(),

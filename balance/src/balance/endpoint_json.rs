@@ -1,11 +1,13 @@
 //! The serialized form of the status of an endpoint.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use serde::{Serialize, Serializer};
 use tokio::time::Instant;
 
 use super::endpoint_status::{EjectionReason, EndpointState, EndpointStatus};
+use crate::load_report::LoadReport;
 
 /// The fields, in the order in which they are written. Times are relative, because an [`Instant`] has no meaning outside of its process.
 #[derive(Serialize)]
@@ -19,6 +21,7 @@ struct Fields<'a> {
     in_flight: usize,
     latency_seconds: Option<f64>,
     round_trip_seconds: Option<f64>,
+    load_report: Option<&'a LoadReport>,
     calls: u64,
     failures: u64,
     ejected: bool,
@@ -44,6 +47,7 @@ impl Serialize for EndpointStatus {
             in_flight: self.in_flight,
             latency_seconds: self.latency.as_ref().map(Duration::as_secs_f64),
             round_trip_seconds: self.round_trip.as_ref().map(Duration::as_secs_f64),
+            load_report: self.load_report.as_deref(),
             calls: self.calls,
             failures: self.failures,
             ejected: self.ejected,
@@ -51,6 +55,38 @@ impl Serialize for EndpointStatus {
             next_attempt_seconds: self.next_attempt.map(until),
             failed_attempts: self.failed_attempts,
             last_error: self.last_error.as_deref(),
+        };
+        fields.serialize(serializer)
+    }
+}
+
+/// Fields with the names of the functions of [`LoadReport`], except for the costs of a call. `age_seconds` is the time since the report was
+/// received.
+impl Serialize for LoadReport {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        #[derive(Serialize)]
+        struct Fields<'a> {
+            age_seconds: f64,
+            application_utilization: Option<f64>,
+            cpu_utilization: Option<f64>,
+            memory_utilization: Option<f64>,
+            requests_per_second: Option<f64>,
+            errors_per_second: Option<f64>,
+            requests_in_flight: Option<u32>,
+            named_metrics: BTreeMap<&'a str, f64>,
+            named_utilizations: BTreeMap<&'a str, f64>,
+        }
+        let age = Instant::now().saturating_duration_since(self.received_at());
+        let fields = Fields {
+            age_seconds: age.as_secs_f64(),
+            application_utilization: self.application_utilization(),
+            cpu_utilization: self.cpu_utilization(),
+            memory_utilization: self.memory_utilization(),
+            requests_per_second: self.requests_per_second(),
+            errors_per_second: self.errors_per_second(),
+            requests_in_flight: self.requests_in_flight(),
+            named_metrics: self.named_metrics().collect(),
+            named_utilizations: self.named_utilizations().collect(),
         };
         fields.serialize(serializer)
     }

@@ -1,11 +1,13 @@
 //! The status of an endpoint, as the users of a channel see it.
 
 use std::fmt;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::Instant;
 
 use crate::address::Address;
+use crate::load_report::LoadReport;
 
 /// The status of one endpoint of a channel at one moment.
 #[derive(Clone, Debug, PartialEq)]
@@ -31,6 +33,9 @@ pub struct EndpointStatus {
     pub latency: Option<Duration>,
     /// The round-trip time of the first PING on the newest connection.
     pub round_trip: Option<Duration>,
+    /// The last load report of the server. `None` without [load reports](crate::channel::ChannelBuilder::load_reports), and if the server
+    /// has sent none.
+    pub load_report: Option<Arc<LoadReport>>,
     /// Calls sent to the endpoint.
     pub calls: u64,
     /// Calls that failed because of the endpoint. The cause was a lost connection, a response that is not gRPC, or a status that indicates
@@ -63,6 +68,9 @@ impl fmt::Display for EndpointStatus {
         write!(f, ", {} in flight", self.in_flight)?;
         if let Some(latency) = self.latency {
             write!(f, ", latency {}", Rounded(latency))?;
+        }
+        if let Some(utilization) = self.load_report.as_ref().and_then(|one| one.utilization()) {
+            write!(f, ", utilization {utilization:.2}")?;
         }
         write!(f, ", {} calls, {} failures", self.calls, self.failures)?;
         if self.last_resort {

@@ -196,6 +196,16 @@ impl Ticks {
         Self(millis as u32 & TICK_MASK)
     }
 
+    /// Returns the time as a number of at most 28 bits.
+    pub(crate) fn to_bits(self) -> u32 {
+        self.0
+    }
+
+    /// Returns the time with this number.
+    pub(crate) fn from_bits(bits: u32) -> Self {
+        Self(bits & TICK_MASK)
+    }
+
     /// Returns the seconds since an earlier time, which may be days ago.
     ///
     /// Two callers may read the clock in one order and update the estimate in the opposite order. A difference of less than a second in the

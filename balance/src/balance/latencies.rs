@@ -1,7 +1,9 @@
-//! The latencies of all connections of a channel: their median, and how fast they are forgotten.
+//! The latencies of all connections of a channel: their median, and how fast they are forgotten. Also the median of the loads that the
+//! servers report.
 
 use super::estimate::{Estimate, MIN_TIME_CONSTANT, Reference, Ticks, median};
 use super::load::{Load, LoadHandle, Loads};
+use super::server_load::{self, ServerLoad};
 
 /// Creates the [`Load`] of each connection, and refreshes the latency that picks compare.
 #[derive(Debug)]
@@ -12,6 +14,8 @@ pub(super) struct Latencies {
     reference: Reference,
     interval: SampleInterval,
     refreshed: Ticks,
+    /// The median number of calls of other clients at a server, as of the last refresh. 0 without load reports.
+    others: u32,
 }
 
 impl Latencies {
@@ -21,6 +25,7 @@ impl Latencies {
             reference: Reference::default(),
             interval: SampleInterval::default(),
             refreshed: Ticks::default(),
+            others: 0,
         }
     }
 
@@ -31,7 +36,26 @@ impl Latencies {
     /// Returns the load of a new connection. It starts with the estimate of an earlier connection to the endpoint if there was one, and
     /// else with the median.
     pub(super) fn begin(&mut self, inherited: Option<Estimate>) -> LoadHandle {
-        self.loads.begin(inherited, self.reference)
+        let load = self.loads.begin(inherited, self.reference);
+        load.set_others(self.others);
+        load
+    }
+
+    /// Updates the calls of other clients that picks count, from the load reports of the servers.
+    pub(super) fn refresh_server_loads<'a>(
+        &mut self,
+        primary: impl Iterator<Item = &'a Load>,
+        all: impl Iterator<Item = &'a Load>,
+        now: Ticks,
+    ) {
+        let recent = primary
+            .filter_map(Load::server_load)
+            .filter(|load| load.is_recent(now));
+        let mut others: Vec<_> = recent.map(ServerLoad::others).collect();
+        self.others = server_load::median(&mut others);
+        for load in all {
+            load.refresh_others(self.others, now);
+        }
     }
 
     /// Computes the median latency and the time constant from the primary set, which contains the connections that calls normally pick
@@ -174,6 +198,25 @@ mod tests {
             }
         });
         assert!((constant - MIN_TIME_CONSTANT).abs() < f32::EPSILON);
+    }
+
+    #[test]
+    fn a_server_that_reports_nothing_counts_as_busy_as_the_median_server() {
+        let start = Instant::now();
+        let at = |seconds| Ticks::at(start + Duration::from_secs(seconds), start);
+        let mut latencies = Latencies::new();
+        let loads: Vec<_> = (0..4).map(|_| latencies.begin(None)).collect();
+        for (load, reported) in loads.iter().zip([10, 30, 50]) {
+            load.on_server_load(reported, at(100));
+        }
+        let all = || loads.iter().map(|load| &**load);
+        latencies.refresh_server_loads(all(), all(), at(100));
+        let in_flight: Vec<_> = all().map(Load::server_in_flight).collect();
+        assert_eq!(in_flight, [10, 30, 50, 30]);
+        assert_eq!(latencies.begin(None).server_in_flight(), 30);
+        latencies.refresh_server_loads(all(), all(), at(200));
+        let in_flight: Vec<_> = all().map(Load::server_in_flight).collect();
+        assert_eq!(in_flight, [0; 4], "old reports count no longer");
     }
 
     #[test]

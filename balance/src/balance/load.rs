@@ -6,6 +6,8 @@
 //!
 //! Each call adds a sample to this mean, the [`Estimate`]. For the latency, a pick reads only one number, which is computed from the mean.
 //! Each call updates this number when its outcome is recorded, and the driver updates it at intervals, so a pick reads no clock.
+//!
+//! With load reports, the load also contains the calls of other clients ([`ServerLoad`]), which is updated in the same way.
 
 use std::ops::Deref;
 use std::sync::Arc;
@@ -13,6 +15,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use super::estimate::{Estimate, Reference, Ticks};
+use super::server_load::ServerLoad;
 
 /// The load of one connection. It contains all data that a pick reads about the connection, in a cache line of its own.
 #[derive(Debug, Default)]
@@ -29,6 +32,10 @@ pub(crate) struct Load {
     time_constant: AtomicU32,
     /// The packed [`Estimate`].
     estimate: AtomicU64,
+    /// The calls of other clients that are in flight at the server, as picks count them. 0 without load reports.
+    others: AtomicU32,
+    /// The packed [`ServerLoad`] of the last load report; 0 if there is none.
+    reported: AtomicU64,
 }
 
 impl Load {
@@ -45,6 +52,12 @@ impl Load {
     pub(crate) fn in_flight(&self) -> u32 {
         // Relaxed: a pick only compares the numbers of two connections, and both numbers are outdated a moment later.
         self.in_flight.load(Ordering::Relaxed)
+    }
+
+    /// Returns the number of calls in flight at the server: those on this connection, and those of other clients as far as they are known.
+    pub(crate) fn server_in_flight(&self) -> u32 {
+        self.in_flight()
+            .saturating_add(self.others.load(Ordering::Relaxed))
     }
 
     /// Returns the latency that picks compare, in microseconds.
@@ -143,6 +156,31 @@ impl Load {
     /// Discards all samples, because the peer did not answer for a while. The latency is then the median.
     pub(crate) fn forget(&self, reference: Reference) {
         self.begin(Some(Estimate::of_median(reference)), reference);
+    }
+
+    /// Records the number of calls in flight that the server has reported.
+    pub(crate) fn on_server_load(&self, reported: u32, now: Ticks) {
+        // Relaxed: other calls may start or end between the two loads. The number is an approximation in any case.
+        let load = ServerLoad::new(reported, self.in_flight(), now);
+        self.reported.store(load.pack(), Ordering::Relaxed);
+        self.set_others(load.others());
+    }
+
+    /// Returns the load of the last load report, if there is one.
+    pub(crate) fn server_load(&self) -> Option<ServerLoad> {
+        ServerLoad::unpack(self.reported.load(Ordering::Relaxed))
+    }
+
+    /// Updates the calls of other clients that picks count. `median`: the median of all servers. It counts for a server without a report,
+    /// which would otherwise look idle.
+    pub(crate) fn refresh_others(&self, median: u32, now: Ticks) {
+        let load = self.server_load();
+        self.set_others(load.map_or(median, |load| load.decayed(median, now)));
+    }
+
+    /// Sets the calls of other clients that picks count.
+    pub(crate) fn set_others(&self, others: u32) {
+        self.others.store(others, Ordering::Relaxed);
     }
 
     /// Returns the estimate, if it has samples.
@@ -373,6 +411,30 @@ mod tests {
         assert!(load.acquire());
         load.set_limit(0);
         assert!(!load.acquire());
+    }
+
+    #[test]
+    fn the_calls_of_other_clients_are_those_that_the_server_reports_beyond_the_own() {
+        let load = fresh(0.0);
+        load.set_limit(10);
+        assert!(load.acquire() && load.acquire());
+        assert_eq!(load.server_in_flight(), 2);
+        load.on_server_load(30, at(0));
+        assert_eq!(load.server_in_flight(), 30);
+        assert!(load.acquire());
+        assert_eq!(load.server_in_flight(), 31, "the next call counts at once");
+        load.refresh_others(4, at(0));
+        assert_eq!(load.server_in_flight(), 31);
+        load.refresh_others(4, at(60_000));
+        assert_eq!(load.server_in_flight(), 7, "the report is forgotten");
+    }
+
+    #[test]
+    fn a_server_without_a_report_counts_as_the_median() {
+        let load = fresh(0.0);
+        load.refresh_others(12, at(0));
+        assert_eq!(load.server_in_flight(), 12);
+        assert_eq!(load.in_flight(), 0);
     }
 
     #[test]

@@ -6,6 +6,7 @@ use std::time::Duration;
 use http::HeaderName;
 use tokio::sync::watch;
 
+use super::load_weights::LoadReports;
 use super::outlier::OutlierDetection;
 use super::peer_index::PeerIndex;
 use super::pick_policy::ProvidedPolicy;
@@ -21,6 +22,10 @@ pub(crate) struct Options {
     pub(crate) policy: LbPolicy,
     /// The header whose value is the key of a call for the consistent hash.
     pub(crate) hash_header: Option<HeaderName>,
+    /// Whether calls read the load reports of the servers.
+    pub(crate) load_reports: bool,
+    /// How weights are computed from load reports; `None` if they are not.
+    pub(crate) load_weights: Option<LoadReports>,
     pub(crate) seed: Option<u64>,
     pub(crate) connections_per_endpoint: usize,
     pub(crate) max_backoff: Duration,
@@ -52,6 +57,8 @@ impl Options {
             policy,
             hash_header,
             split,
+            load_reports,
+            load_weights,
             outlier_detection,
             health_check,
             subset_size,
@@ -59,6 +66,8 @@ impl Options {
         self.policy = policy;
         self.hash_header = hash_header;
         self.splits.of_service_config = split;
+        self.load_reports = load_reports;
+        self.load_weights = load_weights;
         self.outlier_detection = outlier_detection;
         self.health_check = health_check;
         self.subset_size = subset_size;
@@ -72,6 +81,8 @@ pub(crate) struct Reconfiguration {
     pub(crate) hash_header: Option<HeaderName>,
     /// The traffic split of the service config; empty if it has none.
     pub(crate) split: TrafficSplit,
+    pub(crate) load_reports: bool,
+    pub(crate) load_weights: Option<LoadReports>,
     pub(crate) outlier_detection: Option<OutlierDetection>,
     pub(crate) health_check: Option<HealthCheck>,
     pub(crate) subset_size: Option<usize>,
@@ -92,6 +103,8 @@ impl Default for Options {
         Self {
             policy: LbPolicy::default(),
             hash_header: None,
+            load_reports: false,
+            load_weights: None,
             seed: None,
             connections_per_endpoint: 1,
             max_backoff: MAX_BACKOFF,

@@ -10,6 +10,7 @@ use super::dial_permit::DialPermit;
 use super::endpoint::{Blame, Endpoint};
 use super::observation::AttemptObservation;
 use super::ready_connection::ReadyConnection;
+use crate::load_report::LoadReport;
 use crate::transport::http2::Connection;
 
 /// The right to send one call on a connection. Dropping the permit releases the stream, however the call ended.
@@ -146,6 +147,16 @@ impl Permit {
     /// Records that the peer has sent a gRPC status and therefore is a gRPC server.
     pub(crate) fn on_answer(&self) {
         self.connection.endpoint().on_answer();
+    }
+
+    /// Records a load report that the server has sent with the response. The call must still be in flight, because the server has counted
+    /// it.
+    pub(crate) fn on_load_report(&self, report: LoadReport) {
+        if let Some(in_flight) = report.requests_in_flight() {
+            let received = self.connection.ticks(report.received_at());
+            self.connection.load().on_server_load(in_flight, received);
+        }
+        self.connection.endpoint().on_load_report(report);
     }
 
     /// Records the head of the response. `failure`: the cause, if the head reports a failure.

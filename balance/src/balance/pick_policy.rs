@@ -11,6 +11,7 @@ use super::ready_connection::ReadyEntry;
 use super::ready_set::{ReadySet, Slot};
 use crate::address::Address;
 use crate::attributes::Attributes;
+use crate::load_report::LoadReport;
 
 /// A policy that picks an endpoint for each attempt of a call. Set it with
 /// [`pick_policy`](crate::channel::ChannelBuilder::pick_policy).
@@ -178,6 +179,13 @@ impl<'a> ReadyEndpoint<'a> {
     pub fn latency(&self) -> Option<Duration> {
         let micros = self.slot.connection.latency();
         (micros > 0.0).then(|| Duration::from_secs_f32(micros / 1e6))
+    }
+
+    /// Returns the last load report of the server. `None` without [load reports](crate::channel::ChannelBuilder::load_reports), and if the
+    /// server has sent none.
+    #[must_use]
+    pub fn load_report(&self) -> Option<Arc<LoadReport>> {
+        self.slot.connection.connection().endpoint().load_report()
     }
 
     /// Returns false if this call must not be sent to the entry, for example because an earlier attempt failed there.

@@ -25,6 +25,9 @@ pub enum LbPolicy {
     /// their latencies are ignored unless they differ by more than a factor of four. If the latencies are ignored, the endpoint that was
     /// drawn first is usually picked. The second one is picked only if the first has more than twice as many calls in flight per unit of
     /// weight. For this comparison, one call divided by the smaller weight is added to the calls per unit of weight of the second.
+    ///
+    /// With [load reports](crate::channel::ChannelBuilder::load_reports), the calls in flight are those of all clients, if the servers report
+    /// them. Otherwise they are those of this channel.
     #[default]
     Latency,
     /// Draws two endpoints at random, and picks the endpoint with fewer calls in flight. Weights have the same effect as in
@@ -32,6 +35,9 @@ pub enum LbPolicy {
     LeastRequest,
     /// Picks the endpoints in turn. Each endpoint gets turns in proportion to its weight, and its turns are evenly spaced. Latency and
     /// calls in flight are ignored.
+    ///
+    /// With [load reports](crate::channel::ChannelBuilder::load_reports), the weight of an endpoint is multiplied by the weight that gRFC A58
+    /// computes from its reports: the calls per second that it would serve at full utilization.
     WeightedRoundRobin,
     /// Picks the endpoint by the hash of a key of the call (consistent hashing, gRFCs A42 and A76), so that calls with the same key are sent
     /// to the same endpoint. Use it for servers that keep data per key in memory, such as caches and sessions.
@@ -63,6 +69,10 @@ pub(crate) trait Candidate {
     /// Returns the latency in microseconds; 0 if unknown.
     fn latency(&self) -> f32;
     fn in_flight(&self) -> u32;
+    /// Returns the calls in flight at the server, which include those of other clients as far as they are known.
+    fn server_in_flight(&self) -> u32 {
+        self.in_flight()
+    }
     /// Reserves a stream for a call. Returns false if no stream is free.
     fn acquire(&self) -> bool;
 }
@@ -99,6 +109,8 @@ pub(crate) struct Picker {
     rng: Rng,
     /// The number of the next turn in round robin.
     cursor: AtomicU64,
+    /// Whether picks compare the calls in flight at the servers, and not only those on the connections.
+    uses_server_loads: bool,
 }
 
 impl Picker {
@@ -111,7 +123,14 @@ impl Picker {
             policy,
             rng,
             cursor,
+            uses_server_loads: false,
         }
+    }
+
+    /// Sets whether the servers report their load. [`LbPolicy::Latency`] uses the calls in flight that they report.
+    pub(crate) fn with_load_reports(mut self, load_reports: bool) -> Self {
+        self.uses_server_loads = load_reports && self.policy == LbPolicy::Latency;
+        self
     }
 
     /// Returns a random word.
@@ -219,7 +238,12 @@ impl Picker {
 
     /// Returns whether the policy prefers the second slot to the first.
     fn is_worse<M: Candidate>(&self, first: &Slot<M>, second: &Slot<M>) -> bool {
-        let in_flight = (first.connection.in_flight(), second.connection.in_flight());
+        let (one, other) = (&first.connection, &second.connection);
+        let in_flight = if self.uses_server_loads {
+            (one.server_in_flight(), other.server_in_flight())
+        } else {
+            (one.in_flight(), other.in_flight())
+        };
         let latencies = || (first.connection.latency(), second.connection.latency());
         let latencies = (self.policy == LbPolicy::Latency).then(latencies);
         if first.weight != second.weight {
@@ -343,6 +367,8 @@ mod tests {
         in_flight: AtomicU32,
         calls: AtomicU32,
         limit: u32,
+        /// Calls of other clients.
+        others: AtomicU32,
     }
 
     impl Candidate for Arc<Fake> {
@@ -352,6 +378,10 @@ mod tests {
 
         fn in_flight(&self) -> u32 {
             self.in_flight.load(Ordering::Relaxed)
+        }
+
+        fn server_in_flight(&self) -> u32 {
+            self.in_flight() + self.others.load(Ordering::Relaxed)
         }
 
         fn acquire(&self) -> bool {
@@ -451,6 +481,22 @@ mod tests {
         let (fakes, set) = set([(50_000.0, 1, 9), (1_000.0, 1, 9), (1_000.0, 1, 9)]);
         let picker = Picker::new(LbPolicy::Latency, Some(7));
         assert_near(&shares(&picker, &fakes, &set), &[0.0, 0.5, 0.5]);
+    }
+
+    #[test]
+    fn the_calls_of_other_clients_count_only_with_load_reports_and_by_latency() {
+        let picks = |policy, load_reports| {
+            let (fakes, set) = set([(100.0, 1, 1_000), (100.0, 1, 1_000)]);
+            fakes[0].others.store(100, Ordering::Relaxed);
+            let picker = Picker::new(policy, Some(7)).with_load_reports(load_reports);
+            for _ in 0..100 {
+                picker.pick(&set, |_| true, SCAN_LIMIT);
+            }
+            fakes[0].in_flight()
+        };
+        assert_eq!(picks(LbPolicy::Latency, true), 0);
+        assert_eq!(picks(LbPolicy::Latency, false), 50);
+        assert_eq!(picks(LbPolicy::LeastRequest, true), 50);
     }
 
     #[test]

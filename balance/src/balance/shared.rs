@@ -48,6 +48,8 @@ pub(crate) struct Shared {
     picking: Picking,
     /// Whether the policy picks by the hash of a call.
     uses_hashes: AtomicBool,
+    /// Whether calls read the load reports of the servers.
+    load_reports: AtomicBool,
     pub(super) directory: Mutex<HashMap<Address, Arc<Endpoint>>>,
     /// Dials the private connections, which carry one call each.
     connector: Arc<Connector>,
@@ -98,6 +100,7 @@ impl Shared {
                 wanted: Wanted::new(demand),
             },
             uses_hashes: AtomicBool::new(options.policy == LbPolicy::RingHash),
+            load_reports: AtomicBool::new(options.load_reports),
             directory: Mutex::new(HashMap::new()),
             started: Instant::now(),
         }
@@ -152,6 +155,16 @@ impl Shared {
     /// Records whether the policy uses the hash of a call.
     pub(super) fn set_uses_hashes(&self, uses_hashes: bool) {
         self.uses_hashes.store(uses_hashes, Ordering::Relaxed);
+    }
+
+    /// Returns whether calls read the load reports of the servers.
+    pub(crate) fn reads_load_reports(&self) -> bool {
+        self.load_reports.load(Ordering::Relaxed)
+    }
+
+    /// Sets whether calls read the load reports of the servers.
+    pub(super) fn set_load_reports(&self, load_reports: bool) {
+        self.load_reports.store(load_reports, Ordering::Relaxed);
     }
 
     /// Removes and returns criteria for which calls have requested a ready set, at most `limit`.

@@ -37,7 +37,9 @@ impl Published {
             // The calls that are made before the first publication must not be sent to a part of the split that gets no calls.
             subsets: Subsets::unready(options.splits.current()),
             summary: Summary::default(),
-            picker: Arc::new(Picker::new(options.policy, options.seed)),
+            picker: Arc::new(
+                Picker::new(options.policy, options.seed).with_load_reports(options.load_reports),
+            ),
         }
     }
 }

@@ -10,6 +10,7 @@ use super::body::ResponseBody;
 use super::core::Core;
 use super::extension::ServedBy;
 use super::http_status::{Head, NonGrpcResponse};
+use super::load_report::record_load_report;
 use super::request::Call;
 use super::status;
 use crate::balance::{AnswerFault, Permit};
@@ -34,6 +35,7 @@ pub(super) fn answer(
     permit.on_head(now, None);
     let status_in_head = head != Head::Grpc(None);
     if status_in_head {
+        record_load_report(&core, response.headers(), &permit);
         permit.on_answer();
         core.on_success();
     }
@@ -96,6 +98,7 @@ pub(super) fn record_head<T>(
         core.shared()
             .on_not_grpc(permit.endpoint(), fault, || not_grpc.to_string());
     } else {
+        record_load_report(core, response.headers(), permit);
         permit.on_answer();
     }
 }

@@ -13,6 +13,7 @@ use tonic::{Code, Status};
 
 use super::core::Core;
 use super::http_status::code;
+use super::load_report::record_load_report;
 use super::message_limits::{MessageCheck, MessageLimits};
 use super::observation::CallObservation;
 use super::status;
@@ -249,6 +250,7 @@ impl Stream {
         let Some(headers) = trailers.trailers_ref() else {
             return Ok(trailers);
         };
+        record_load_report(&self.core, headers, &self.permit);
         let code = match code(headers) {
             Some(Code::Ok) => {
                 self.permit.on_answer();

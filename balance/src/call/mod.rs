@@ -22,6 +22,7 @@ mod history;
 mod http_status;
 mod kept_fields;
 mod live_config;
+mod load_report;
 mod message_limits;
 pub(crate) mod method_config;
 mod observation;

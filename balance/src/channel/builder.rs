@@ -22,7 +22,9 @@ use super::source::{Addresses, Changes, Discover, EndpointSource, Endpoints, Sou
 use super::{BalancedChannel, ChannelError};
 use crate::address::{Address, AddressPolicy};
 use crate::attributes::Attributes;
-use crate::balance::{self, Balancer, Gauges, LbPolicy, Options, OutlierDetection, Updates};
+use crate::balance::{
+    self, Balancer, Gauges, LbPolicy, LoadReports, Options, OutlierDetection, Updates,
+};
 use crate::call::Core;
 use crate::call::method_config::{MethodTimeout, ProgramMethods};
 use crate::causes::causes;
@@ -55,6 +57,8 @@ pub(super) struct Config {
     pub(super) connector: Connector,
     user_agent: Option<HeaderValue>,
     origin: Option<Uri>,
+    /// The use of load reports, if the program has enabled it.
+    pub(super) load_reports: Option<LoadReports>,
     startup_timeout: Duration,
     pub(super) methods: ProgramMethods,
     pub(super) from_service: ServiceConfigOptions,
@@ -344,6 +348,7 @@ impl ChannelBuilder {
             connector: Connector::default(),
             user_agent: None,
             origin: None,
+            load_reports: None,
             startup_timeout: STARTUP_TIMEOUT,
             methods: ProgramMethods::default(),
             from_service: ServiceConfigOptions::default(),
@@ -523,6 +528,7 @@ impl Config {
         let program = ProgramOptions {
             policy: self.policy,
             hash_header: options.hash_header.take(),
+            load_reports: self.load_reports,
             outlier_detection: options.outlier_detection.take(),
             subset_size: options.subset_size.take(),
             health_check: self.health_check,

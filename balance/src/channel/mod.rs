@@ -17,12 +17,13 @@ mod source;
 
 pub use crate::attributes::Attributes;
 pub use crate::balance::{
-    EjectionReason, EndpointState, EndpointStatus, FailurePercentageEjection, HashKey,
+    EjectionReason, EndpointState, EndpointStatus, FailurePercentageEjection, HashKey, LoadReports,
     OutlierDetection, PeerIndex, PickInfo, PickPolicy, ReadyEndpoint, ReadyEndpoints, Select,
     SuccessRateEjection, TrafficSplit,
 };
 pub use crate::call::retry::{HedgingPolicy, RetryBudget};
 pub use crate::call::{ResponseBody, ResponseFuture, Routing, ServedBy, WaitForReady};
+pub use crate::load_report::LoadReport;
 pub use crate::service_config::ServiceConfig;
 pub use balanced::BalancedChannel;
 pub use builder::ChannelBuilder;

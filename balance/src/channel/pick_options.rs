@@ -1,4 +1,4 @@
-//! The options for the choice of endpoints: subset, traffic split, consistent hash and a policy of the program.
+//! The options for the choice of endpoints: subset, traffic split, consistent hash, load reports and a policy of the program.
 
 use std::sync::Arc;
 
@@ -7,7 +7,7 @@ use tokio::sync::watch;
 #[cfg(doc)]
 use super::ChannelError;
 use super::builder::ChannelBuilder;
-use super::{PeerIndex, PickPolicy, TrafficSplit};
+use super::{LoadReports, PeerIndex, PickPolicy, TrafficSplit};
 #[cfg(doc)]
 use crate::balance::LbPolicy;
 use crate::balance::ProvidedPolicy;
@@ -86,6 +86,18 @@ impl<S> ChannelBuilder<S> {
     /// [`policy`](Self::policy) picks. Default: none. The policy receives a copy of the headers and the extensions of each call.
     pub fn pick_policy(mut self, policy: impl PickPolicy) -> Self {
         self.config.options.pick_policy = Some(ProvidedPolicy(Arc::new(policy)));
+        self
+    }
+
+    /// Reads the load reports that servers send with their responses (ORCA, gRFC A51). Disabled by default.
+    ///
+    /// - [`LbPolicy::Latency`] counts the calls of all clients that are in flight at an endpoint, if the endpoint reports them.
+    /// - [`LbPolicy::WeightedRoundRobin`] multiplies the weight of an endpoint by the weight that gRFC A58 computes from its reports.
+    /// - The last report is visible to a [`PickPolicy`], and in [`EndpointStatus`](crate::channel::EndpointStatus).
+    ///
+    /// An endpoint that sends no reports counts as an average one. The reports of the out-of-band service of ORCA are not read.
+    pub fn load_reports(mut self, reports: LoadReports) -> Self {
+        self.config.load_reports = Some(reports);
         self
     }
 

@@ -8,7 +8,9 @@ use tokio_stream::StreamExt;
 use tracing::Instrument;
 
 use super::source::ServiceConfigs;
-use crate::balance::{LbPolicy, OutlierDetection, Reconfiguration, Shared, StopOnDrop};
+use crate::balance::{
+    LbPolicy, LoadReports, OutlierDetection, Reconfiguration, Shared, StopOnDrop,
+};
 use crate::call::LiveConfig;
 use crate::call::method_config::{
     MethodConfig, MethodSettings, Precedence, ProgramMethods, ServiceMethods,
@@ -47,6 +49,7 @@ pub(super) struct ServiceConfigOptions {
 pub(super) struct ProgramOptions {
     pub(super) policy: Option<LbPolicy>,
     pub(super) hash_header: Option<HeaderName>,
+    pub(super) load_reports: Option<LoadReports>,
     pub(super) outlier_detection: Option<OutlierDetection>,
     pub(super) subset_size: Option<usize>,
     /// The name of the service whose health is watched.
@@ -81,10 +84,17 @@ impl ProgramOptions {
         let config = of_source.or(self.from_service.of_program.as_ref());
         let config = config.cloned().unwrap_or_default();
         let config = config.parsed();
+        // The policy and its use of load reports are one setting: in a service config, `round_robin` uses no weights from load reports.
+        let of_program = self.policy.map(|one| (one, self.load_reports.as_ref()));
+        let of_config = config.balancing.policy;
+        let of_config = of_config.map(|one| (one, config.balancing.load_weights.as_ref()));
+        let (policy, load_weights) = precedence.choose(of_program, of_config).unwrap_or_default();
+        let load_weights = load_weights.filter(|_| policy == LbPolicy::WeightedRoundRobin);
+        let load_weights = load_weights.cloned();
         let balancing = Reconfiguration {
-            policy: precedence
-                .choose(self.policy, config.balancing.policy)
-                .unwrap_or_default(),
+            policy,
+            load_reports: self.load_reports.is_some() || load_weights.is_some(),
+            load_weights,
             hash_header: precedence.choose(
                 self.hash_header.clone(),
                 config.balancing.hash_header.clone(),

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use http::HeaderName;
 
-use crate::balance::{LbPolicy, OutlierDetection, TrafficSplit};
+use crate::balance::{LbPolicy, LoadReports, OutlierDetection, TrafficSplit};
 use crate::call::method_config::MethodTable;
 use crate::call::retry::RetryBudget;
 
@@ -61,6 +61,8 @@ pub(crate) struct LoadBalancing {
     /// The header whose value is the key of a call for the consistent hash.
     pub(crate) hash_header: Option<HeaderName>,
     pub(crate) split: Option<TrafficSplit>,
+    /// How the policy computes weights from load reports; `None` if it does not.
+    pub(crate) load_weights: Option<LoadReports>,
     pub(crate) outlier_detection: Option<OutlierDetection>,
     /// The number of endpoints to which a channel connects; `None` stands for all.
     pub(crate) subset_size: Option<usize>,

@@ -6,7 +6,8 @@ use super::config::LoadBalancing;
 use super::error::ServiceConfigError;
 use super::node::{Node, escaped};
 use crate::balance::{
-    FailurePercentageEjection, LbPolicy, OutlierDetection, SuccessRateEjection, TrafficSplit,
+    FailurePercentageEjection, LbPolicy, LoadReports, OutlierDetection, SuccessRateEjection,
+    TrafficSplit,
 };
 
 type Result<T> = std::result::Result<T, ServiceConfigError>;
@@ -104,26 +105,35 @@ fn known(name: &str) -> Option<&'static Known> {
     KNOWN.iter().find(|known| known.name == name)
 }
 
-/// Parses the settings of gRFC A58. The weights of this library come from the registry and not from load reports, so the settings have no
-/// effect.
+/// Parses the settings of gRFC A58, with the defaults of the gRFC. Channels read the reports in the trailers of responses, and no others, so
+/// the settings of the out-of-band service have no effect.
 fn weighted_round_robin(node: &Node<'_>) -> Result<LoadBalancing> {
+    let duration = |name| match node.field_or_null(name)? {
+        Some(field) => field.duration().map(Some),
+        None => Ok(None),
+    };
     if let Some(enabled) = node.field("enableOobLoadReport")? {
         enabled.boolean()?;
     }
-    for name in [
-        "oobReportingPeriod",
-        "blackoutPeriod",
-        "weightExpirationPeriod",
-        "weightUpdatePeriod",
-    ] {
-        if let Some(period) = node.field_or_null(name)? {
-            period.duration()?;
-        }
+    duration("oobReportingPeriod")?;
+    let mut reports = LoadReports::new();
+    if let Some(period) = duration("blackoutPeriod")? {
+        reports = reports.blackout_period(period);
+    }
+    if let Some(period) = duration("weightExpirationPeriod")? {
+        reports = reports.weight_expiration_period(period);
+    }
+    if let Some(period) = duration("weightUpdatePeriod")? {
+        reports = reports.weight_update_period(period);
     }
     if let Some(penalty) = node.field("errorUtilizationPenalty")? {
-        penalty.number("a number of at least 0", |penalty| penalty >= 0.0)?;
+        let penalty = penalty.number("a number of at least 0", |penalty| penalty >= 0.0)?;
+        reports = reports.error_utilization_penalty(penalty);
     }
-    Ok(only(LbPolicy::WeightedRoundRobin))
+    Ok(LoadBalancing {
+        load_weights: Some(reports),
+        ..only(LbPolicy::WeightedRoundRobin)
+    })
 }
 
 /// Parses the settings of gRFC A48. The policy always draws two endpoints, whatever `choiceCount` is.

@@ -8,7 +8,8 @@ use tonic::Code;
 
 use super::ServiceConfig;
 use crate::balance::{
-    FailurePercentageEjection, LbPolicy, OutlierDetection, SuccessRateEjection, TrafficSplit,
+    FailurePercentageEjection, LbPolicy, LoadReports, OutlierDetection, SuccessRateEjection,
+    TrafficSplit,
 };
 use crate::call::method_config::{MethodPolicy, MethodSettings, MethodTimeout};
 use crate::call::retry::{HedgingPolicy, RetryBudget, RetryPolicy};
@@ -120,6 +121,30 @@ fn the_first_known_policy_applies() {
     let policy = |name| older(name).parsed().balancing.policy;
     assert_eq!(policy("ROUND_ROBIN"), Some(LbPolicy::WeightedRoundRobin));
     assert_eq!(policy("unheard_of"), None);
+}
+
+#[test]
+fn weighted_round_robin_has_the_settings_of_its_load_reports() {
+    let weights = |list: &str| {
+        let config = parse(&format!(r#"{{"loadBalancingConfig": [{list}]}}"#));
+        config.parsed().balancing.load_weights.clone()
+    };
+    let defaults = weights(r#"{"weighted_round_robin": {}}"#);
+    assert_eq!(defaults, Some(LoadReports::new()));
+    let all = r#"{"weighted_round_robin": {"enableOobLoadReport": true, "oobReportingPeriod": "20s", "blackoutPeriod": "0s",
+        "weightExpirationPeriod": "60s", "weightUpdatePeriod": "0.5s", "errorUtilizationPenalty": 2.5}}"#;
+    let expected = LoadReports::new()
+        .blackout_period(Duration::ZERO)
+        .weight_expiration_period(Duration::from_secs(60))
+        .weight_update_period(Duration::from_millis(500))
+        .error_utilization_penalty(2.5);
+    assert_eq!(weights(all), Some(expected.clone()));
+    let wrapped = format!(r#"{{"outlier_detection_experimental": {{"childPolicy": [{all}]}}}}"#);
+    assert_eq!(weights(&wrapped), Some(expected));
+    let fast = weights(r#"{"weighted_round_robin": {"weightUpdatePeriod": "0.001s"}}"#);
+    let minimum = LoadReports::new().weight_update_period(Duration::from_millis(100));
+    assert_eq!(fast, Some(minimum), "the minimum of gRFC A58");
+    assert_eq!(weights(r#"{"round_robin": {}}"#), None);
 }
 
 #[test]

@@ -144,7 +144,7 @@ impl Driver {
             tracing::debug!(%address, ?round_trip, "connected: waiting for the health check");
         } else {
             tracing::info!(%address, ?round_trip, "endpoint ready");
-            self.begin_slow_start(address, Instant::now());
+            self.begin_weight(address, Instant::now());
             self.update_ready_set(id);
         }
         // The other connections of an endpoint are dialled only after its first connection is established.

@@ -16,6 +16,7 @@ use super::outlier_schedule::OutlierSchedule;
 use super::pending_publication::PendingPublication;
 use super::quarantine::Quarantines;
 use super::ready_set_pair::ReadySets;
+use super::reported_weights::ReportedWeights;
 use super::resting::Resting;
 use super::ring_schedule::RingSchedule;
 use super::scaling::Scaling;
@@ -68,6 +69,7 @@ pub(in crate::balance) struct Driver {
     pub(super) latencies: Latencies,
     pub(super) slow_start: SlowStart,
     pub(super) zones: ZonePreference,
+    pub(super) reported_weights: ReportedWeights,
     pub(super) detection: OutlierSchedule,
     pub(super) quarantines: Quarantines,
     refreshed_at: Instant,
@@ -110,6 +112,7 @@ impl Driver {
             latencies: Latencies::new(),
             slow_start: SlowStart::new(options.slow_start),
             zones: ZonePreference::new(options.zone.clone()),
+            reported_weights: ReportedWeights::new(options.load_weights.clone(), now),
             detection: OutlierSchedule::new(options.outlier_detection.clone(), now),
             quarantines: Quarantines::default(),
             refreshed_at: now,
@@ -160,6 +163,9 @@ impl Driver {
         // The subset is updated before a publication. If all its endpoints are failing, calls then wait for the endpoints that replace them,
         // and do not fail.
         self.update_due_subset();
+        if self.reported_weights.take_due(now) {
+            self.update_reported_weights(now);
+        }
         // Reads the clock again, because the steps above may schedule a publication for a time after `now`. If `now` were used, such a
         // publication would not count as due in this iteration of the loop, and an outlier that was just ejected would stay in the ready
         // set until the next iteration.
@@ -175,6 +181,7 @@ impl Driver {
             self.detection.next(),
             self.scaling.next(),
             self.subset.as_ref().and_then(EndpointSubset::next),
+            self.reported_weights.next(),
         ];
         let first = wakes.into_iter().flatten().min();
         let refresh = self.refresh_at();
@@ -203,6 +210,11 @@ impl Driver {
         let primary = self.ready_sets.primary().map(ReadyEntry::load);
         let all = self.ready_sets.all().map(ReadyEntry::load);
         self.in_use = self.latencies.refresh(primary, all, ticks);
+        if self.options.load_reports {
+            let primary = self.ready_sets.primary().map(ReadyEntry::load);
+            let all = self.ready_sets.all().map(ReadyEntry::load);
+            self.latencies.refresh_server_loads(primary, all, ticks);
+        }
         self.forget_drained();
     }
 }

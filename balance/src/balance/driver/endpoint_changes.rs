@@ -81,6 +81,7 @@ impl Driver {
         if is_new_generation {
             entry.on_new_generation();
             self.quarantines.forget(address);
+            self.reported_weights.forget(address);
         }
         for id in subchannels {
             if before.is_last_resort() && !last_resort {
@@ -181,6 +182,7 @@ impl Driver {
         self.selections.recount(address, Some(removed), None);
         self.slow_start.forget(address);
         self.quarantines.forget(address);
+        self.reported_weights.forget(address);
         let mut has_calls = false;
         for id in entry.subchannels {
             self.resting.remove(id);

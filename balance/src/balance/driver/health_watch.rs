@@ -65,7 +65,7 @@ impl Driver {
                 // If this is the second connection, it replaces the silent connections (on which nothing was read for a while) only now.
                 // Before its server reports SERVING, the second connection may be worse than a silent one.
                 self.replace_silent(&address, id);
-                self.begin_slow_start(&address, Instant::now());
+                self.begin_weight(&address, Instant::now());
             }
             Health::NotServing(reason) => {
                 tracing::info!(%address, %reason, "endpoint is not healthy and gets no calls");

@@ -27,6 +27,7 @@ mod outlier_schedule;
 mod pending_publication;
 mod quarantine;
 mod ready_set_pair;
+mod reported_weights;
 mod resting;
 mod ring_schedule;
 mod scaling;

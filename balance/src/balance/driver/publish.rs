@@ -79,13 +79,37 @@ impl Driver {
     fn current_weight(&self, entry: &EndpointEntry, now: Instant) -> u32 {
         let (address, weight) = (entry.endpoint.address(), entry.attributes.weight());
         let weight = self.slow_start.current_weight(address, weight, now);
+        let weight = weight.saturating_mul(self.reported_weights.factor(address));
         weight.saturating_mul(self.zones.factor(entry.attributes.zone()))
+    }
+
+    /// Computes the weights from the load reports again.
+    pub(super) fn update_reported_weights(&mut self, now: Instant) {
+        let ready = self.endpoints.iter();
+        let ready = ready.filter(|(_, entry)| entry.class == Class::Ready);
+        let ready = ready.map(|(address, entry)| (address.clone(), entry.endpoint.weight_report()));
+        for address in self.reported_weights.update(ready.collect(), now) {
+            self.update_ready_sets(&address);
+        }
+    }
+
+    /// Prepares the weight of an endpoint that becomes ready: if no other connection is ready, starts slow start and a blackout period of
+    /// the weight from load reports.
+    pub(super) fn begin_weight(&mut self, address: &Address, now: Instant) {
+        self.begin_slow_start(address, now);
+        let Some(entry) = self.endpoints.get(address) else {
+            return;
+        };
+        if entry.class != Class::Ready {
+            entry.endpoint.forget_weight_report();
+            self.reported_weights.forget(address);
+        }
     }
 
     /// Starts the growth of an endpoint's weight (slow start) if the endpoint has just become ready, unless its server is warm. A server is
     /// warm if another connection is ready. It is also warm if an earlier connection became ready, and since then no dial has failed and
     /// the server was not replaced or restarted.
-    pub(super) fn begin_slow_start(&mut self, address: &Address, now: Instant) {
+    fn begin_slow_start(&mut self, address: &Address, now: Instant) {
         if !self.slow_start.is_enabled() {
             return;
         }

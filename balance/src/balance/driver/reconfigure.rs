@@ -1,5 +1,5 @@
-//! Applies settings that change while the channel runs: the policy, the traffic split of the service config, outlier detection, the health
-//! check and the size of the subset. The connections to endpoints that the channel still uses stay open.
+//! Applies settings that change while the channel runs: the policy, the use of load reports, the traffic split of the service config, outlier
+//! detection, the health check and the size of the subset. The connections to endpoints that the channel still uses stay open.
 
 use std::sync::Arc;
 
@@ -8,7 +8,9 @@ use tokio::time::Instant;
 use super::driver::Driver;
 use super::endpoint_entry::EndpointEntry;
 use super::outlier_schedule::OutlierSchedule;
+use super::reported_weights::ReportedWeights;
 use crate::balance::health_status::Health;
+use crate::balance::load_weights::LoadReports;
 use crate::balance::options::Reconfiguration;
 use crate::balance::outlier::{Ejection, OutlierDetection};
 use crate::balance::picker::{LbPolicy, Picker};
@@ -24,6 +26,8 @@ impl Driver {
             policy,
             hash_header,
             split,
+            load_reports,
+            load_weights,
             outlier_detection,
             health_check,
             subset_size,
@@ -31,7 +35,13 @@ impl Driver {
         self.shared.set_hash_header(hash_header);
         self.shared.set_split_of_service_config(split);
         if policy != self.options.policy {
-            self.set_policy(policy);
+            tracing::info!(?policy, "the load-balancing policy changes");
+        }
+        if (policy, load_reports) != (self.options.policy, self.options.load_reports) {
+            self.set_policy(policy, load_reports);
+        }
+        if load_weights != self.options.load_weights {
+            self.set_load_weights(load_weights);
         }
         if outlier_detection != self.options.outlier_detection {
             self.set_outlier_detection(outlier_detection);
@@ -46,10 +56,12 @@ impl Driver {
         }
     }
 
-    fn set_policy(&mut self, policy: LbPolicy) {
-        tracing::info!(?policy, "the load-balancing policy changes");
+    fn set_policy(&mut self, policy: LbPolicy, load_reports: bool) {
         self.options.policy = policy;
-        self.picker = Arc::new(Picker::new(policy, self.options.seed));
+        self.options.load_reports = load_reports;
+        self.shared.set_load_reports(load_reports);
+        let picker = Picker::new(policy, self.options.seed).with_load_reports(load_reports);
+        self.picker = Arc::new(picker);
         self.ready_sets.set_takes_turns(policy.takes_turns());
         self.selections.set_takes_turns(policy.takes_turns());
         let is_hashed = policy == LbPolicy::RingHash;
@@ -57,6 +69,20 @@ impl Driver {
         self.selections.set_hashed(is_hashed);
         self.shared.set_uses_hashes(is_hashed);
         self.publication.now();
+    }
+
+    /// Replaces the settings of weights from load reports. All endpoints have the weights of the registry until the next update.
+    fn set_load_weights(&mut self, weights: Option<LoadReports>) {
+        tracing::info!(
+            enabled = weights.is_some(),
+            "weights from load reports change"
+        );
+        self.reported_weights = ReportedWeights::new(weights.clone(), Instant::now());
+        self.options.load_weights = weights;
+        let addresses: Vec<_> = self.endpoints.keys().cloned().collect();
+        for address in addresses {
+            self.update_ready_sets(&address);
+        }
     }
 
     /// Replaces outlier detection. If it is enabled, the first sweep ignores all calls up to now, whose age is unknown. If it is disabled, all
@@ -103,7 +129,7 @@ impl Driver {
                 None => subchannel.end_health_watch(),
             }
             if !was_healthy && *subchannel.health() == Health::Serving {
-                self.begin_slow_start(&address, Instant::now());
+                self.begin_weight(&address, Instant::now());
                 self.update_ready_set(id);
                 self.reclassify(&address);
             }

@@ -26,6 +26,7 @@ use crate::{
 mod faults;
 mod greeter;
 mod hashing;
+mod load_reports;
 mod messages;
 mod metrics;
 mod pick_policy;
