@@ -37,18 +37,18 @@ fn serve(registry: &Registry, capacity: f64) -> Registered {
 /// Makes calls at a constant rate. Returns the number of calls that each server has served, from the smallest.
 async fn calls(channel: &BalancedChannel, number: usize) -> Vec<u32> {
     let mut ticks = interval(Duration::from_millis(4));
-    let mut served = BTreeMap::new();
+    let mut shares = BTreeMap::new();
     for _ in 0..number {
         ticks.tick().await;
         let mut client = GreeterClient::new(channel.clone());
         let reply = timeout(SOON, client.say_hello(hello())).await.unwrap();
         let reply = reply.unwrap();
-        let server: &ServedBy = reply.extensions().get().unwrap();
-        *served.entry(server.address().to_string()).or_default() += 1;
+        let by: &ServedBy = reply.extensions().get().unwrap();
+        *shares.entry(by.address().to_string()).or_default() += 1;
     }
-    let mut served: Vec<_> = served.into_values().collect();
-    served.sort_unstable();
-    served
+    let mut shares: Vec<_> = shares.into_values().collect();
+    shares.sort_unstable();
+    shares
 }
 
 #[tokio::test]
@@ -90,7 +90,7 @@ async fn the_report_of_a_registered_server_is_in_the_status_of_its_clients() {
     let registry = registry(&etcd).await;
     let server = serve(&registry, 1_000.0);
     let channel = registry.channel(SERVICE).load_reports(LoadReports::new());
-    let channel = channel.connect().await.unwrap();
+    let channel = channel.wait_for_ready(true).connect().await.unwrap();
     eventually("the rate of the calls is reported", async || {
         calls(&channel, 10).await;
         let report = channel.endpoints()[0].load_report.clone().unwrap();
