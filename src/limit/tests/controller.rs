@@ -104,7 +104,7 @@ fn service_times_that_differ_widely_cost_little_goodput() {
                     ..Simulation::overloaded(workers, SERVICE)
                 };
                 let outcome = simulation.run(DEFAULT_BOUNDS, seed);
-                assert!(outcome.goodput >= 0.6);
+                assert!(outcome.goodput >= 0.75);
             }
         }
     }
@@ -129,7 +129,7 @@ fn the_limit_of_a_server_that_can_serve_more_calls_at_once_grows() {
     for seed in 0..10 {
         let simulation = Simulation {
             loads: &[0.5],
-            seconds: 10,
+            seconds: 20,
             ..Simulation::overloaded(256, 10 * SERVICE)
         };
         let outcome = simulation.run(DEFAULT_BOUNDS, seed);
@@ -221,7 +221,7 @@ fn calls_that_are_dropped_late_reduce_the_limit() {
     }
     assert!(calls.gradient.limit() <= 8, "{:?}", calls.gradient);
     assert_eq!(calls.gradient.baseline(), None);
-    for _ in 0..50 {
+    for _ in 0..200 {
         calls.fill(100 * MILLI, End::Success);
     }
     let limit = calls.gradient.limit();
