@@ -19,8 +19,9 @@ use super::gradient::{Bounds, End};
 /// A [`tower::Layer`] for a server, which limits the number of calls in flight and adapts the limit to their latency. See the
 /// [module](super).
 ///
-/// A call over the limit fails at once with `RESOURCE_EXHAUSTED`. The header `grpc-retry-pushback-ms` of the response tells clients with a
-/// [retry policy](crate::RetryPolicy) when to send the call again (gRFC A6): after twice the latency without a queue, between 10 ms and 1 s.
+/// A call over the limit fails at once with `RESOURCE_EXHAUSTED`. The header `grpc-retry-pushback-ms` of the response is the time after which
+/// clients with a [retry policy](crate::RetryPolicy) send the call again (gRFC A6): twice the latency without a queue, but 10 ms at least and
+/// 1 s at most.
 /// Calls of the health service are never refused and do not count.
 ///
 /// # Calls in flight
