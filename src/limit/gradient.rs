@@ -324,7 +324,8 @@ const TOLERANCE: f64 = 1.25;
 /// The limit is at most halved at once, as in Envoy.
 const MIN_GRADIENT: f64 = 0.5;
 /// A server with `n` workers gets a limit of about `TOLERANCE * n + HEADROOM`. With one worker, that is one call that is served and one that
-/// waits: fewer would waste capacity, and more would make the latency more than twice the baseline. Envoy's headroom is `sqrt(limit)`, at least one.
+/// waits: fewer would waste capacity, and more would make the latency more than twice the baseline. Envoy's headroom is `sqrt(limit)`, which
+/// is too large for few workers.
 const HEADROOM: f64 = 0.75;
 /// One microsecond.
 const MIN_LATENCY: f64 = 1e-6;

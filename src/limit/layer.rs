@@ -19,8 +19,9 @@ use super::gradient::{Bounds, End};
 /// A [`tower::Layer`] for a server, which limits the number of calls in flight and adapts the limit to their latency. See the
 /// [module](super).
 ///
-/// A call over the limit fails at once with `RESOURCE_EXHAUSTED`. The header `grpc-retry-pushback-ms` of the response tells clients with a
-/// [retry policy](crate::RetryPolicy) when to send the call again (gRFC A6): after twice the latency without a queue, between 10 ms and 1 s.
+/// A call over the limit fails at once with `RESOURCE_EXHAUSTED`. The header `grpc-retry-pushback-ms` of the response is the time after which
+/// clients with a [retry policy](crate::RetryPolicy) send the call again (gRFC A6): twice the latency without a queue, but 10 ms at least and
+/// 1 s at most.
 /// Calls of the health service are never refused and do not count.
 ///
 /// # Calls in flight
@@ -41,24 +42,24 @@ use super::gradient::{Bounds, End};
 ///
 /// # The limit
 ///
-/// - The limit starts at 32.
+/// - The limit starts at 32. All clones of the layer share one limit, so it applies to all connections of a server together.
 /// - A window is the calls that are accepted in 100 ms, or in the time for 20 calls if that is longer, or for 1 000 calls if that is shorter.
 ///   When nine tenths of them have ended, the layer takes the latency that a quarter of them exceeds. Then the next window begins.
-/// - If at least half of the limit was in flight in the window (the server is *loaded*), the limit is multiplied by 1.25 times the ratio of the latency without a
-///   queue to the latency of the window. The factor is between 0.5 and 1.25. Then 0.75 is added. So a server with `n` workers gets a limit
-///   of about 1.25 `n` + 0.75.
-/// - If less than half of the limit was in flight, the limit does not change, and the latency without a queue moves a quarter of the way to
-///   the latency of the window.
-/// - Under load, the latency without a queue is measured: the limit is halved until 30 calls have been accepted and nine tenths of them have
-///   ended. If their latency is less than 0.6 times that before, the limit is halved again. The last latency is the result. The mean of the
-///   result and the previous value is the new value, or the result alone if it is not 0.6 to 1.6 times the previous value. While the
-///   measurement lasts, calls over the halved limit are refused. It ends without a result after 1 s and 64 times the latency at its begin.
+/// - A window is *loaded* if at least half of the limit was in flight, or if a quarter of the calls did not end by themselves (such a window
+///   is *late*). A window that is not loaded does not change the limit.
+/// - After a loaded window, the limit is multiplied by 1.25 times the ratio of the latency without a queue to the latency of the window, but
+///   by 0.5 at least and by 1.25 at most. Then 0.75 is added. So a server with `n` workers gets a limit of about 1.25 `n` + 0.75. A late
+///   window does not increase the limit, and halves it as long as the latency without a queue is unknown.
+/// - The latency without a queue is that of the first window. After a window that is not loaded, it moves a quarter of the way to the latency
+///   of the window. After a loaded window with a smaller latency, it moves by a thousandth of the way for each call of the window.
+/// - Under load, the latency without a queue is measured. For that, the limit is halved until 30 calls have been accepted and nine tenths of
+///   them have ended. If their latency is less than 0.6 times that at twice the limit, the limit is halved again. Otherwise, their latency is
+///   the result. The mean of the result and the previous value is the new value, or the result alone if it is not 0.6 to 1.6 times the
+///   previous value. Afterwards, the limit is at most twice the limit of the result. The measurement ends without a result after 1 s and 64
+///   times the latency at its beginning.
 /// - The first measurement is after the first window if that reached the limit. Otherwise, it is at least 1 s after the last window that was
-///   not loaded. The next ones follow after 4 s, 16 s, and then every 30 s, or after 1 s if the limit has fallen by more than half. A measurement
-///   waits for a window that reduces the limit.
-/// - A window in which a quarter of the calls do not end by themselves is loaded too. It does not increase the limit. If the latency without
-///   a queue is unknown, it halves the limit.
-/// - All clones of the layer share one limit, so it applies to all connections of a server together.
+///   not loaded. The next ones follow after 4 s, 16 s, and then every 30 s, or after 1 s if the limit has fallen by more than half. Each of
+///   them waits for a window that is late, or whose latency is more than 1.25 times the latency without a queue.
 ///
 /// # Where to add the layer
 ///

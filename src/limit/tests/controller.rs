@@ -159,7 +159,7 @@ fn a_server_whose_calls_all_exceed_their_deadline_recovers() {
 fn calls_that_are_rejected_at_once_do_not_reduce_the_goodput_of_the_others() {
     for seed in 0..10 {
         let simulation = Simulation {
-            rejected: 6,
+            rejected: 8,
             seconds: 20,
             ..Simulation::overloaded(8, SERVICE)
         };

@@ -294,7 +294,7 @@ fn the_cost_of_a_call() {
         let layer = AdaptiveLimitLayer::new();
         let time = std::thread::scope(|scope| {
             let threads: Vec<_> = (0..threads)
-                .map(|_| scope.spawn(|| time_of_calls(layer.clone())))
+                .map(|_| scope.spawn(|| time_of_calls(&layer)))
                 .collect();
             let times = threads.into_iter().map(|thread| thread.join().unwrap());
             times.max().unwrap()
@@ -311,7 +311,7 @@ fn the_cost_of_a_call() {
 
 const CALLS: u32 = 1_000_000;
 
-fn time_of_calls(layer: AdaptiveLimitLayer) -> Duration {
+fn time_of_calls(layer: &AdaptiveLimitLayer) -> Duration {
     let mut service = layer.layer(service_fn(async |request: Request<_>| {
         drop(request);
         Ok::<_, Infallible>(Response::new(()))

@@ -208,7 +208,7 @@ impl Run {
         }
         self.busy -= 1;
         while let Some(next) = self.queue.pop_front() {
-            // The deadline of a call that waits passes while it waits. The simulation notices that when a worker would take it.
+            // The deadline of a call that waits passes while it waits. It is dropped when a worker would take it.
             if now - self.arrivals[next] >= deadline {
                 self.finish(next, End::Overrun, self.arrivals[next] + deadline);
             } else {
