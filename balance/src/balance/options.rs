@@ -42,6 +42,16 @@ pub(crate) struct Options {
     pub(crate) metrics: Option<Arc<ChannelMetrics>>,
 }
 
+impl Options {
+    /// Replaces the options that can change while the channel runs.
+    pub(crate) fn set(&mut self, settings: Reconfiguration) {
+        self.policy = settings.policy;
+        self.outlier_detection = settings.outlier_detection;
+        self.health_check = settings.health_check;
+        self.subset_size = settings.subset_size;
+    }
+}
+
 /// The options that can change while the channel runs.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Reconfiguration {

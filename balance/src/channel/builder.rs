@@ -538,10 +538,7 @@ impl Config {
         if balancing.health_check.is_some() || service_configs.is_some() {
             connector.http2.reserved_streams = 1;
         }
-        options.policy = balancing.policy;
-        options.outlier_detection = balancing.outlier_detection;
-        options.health_check = balancing.health_check;
-        options.subset_size = balancing.subset_size;
+        options.set(balancing);
         let changes = changes.map(with_attributes);
         let feed = match known {
             Some(known) => Updates::known_after(changes, known),

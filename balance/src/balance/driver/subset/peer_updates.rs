@@ -32,6 +32,6 @@ impl PeerUpdates {
         {
             return;
         }
-        std::future::pending().await
+        std::future::pending::<()>().await;
     }
 }
