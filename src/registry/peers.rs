@@ -20,7 +20,7 @@ impl Resolver {
     ///
     /// The index is `None` while the client is not among the instances, and the channel then has a random subset. The first index is reported
     /// at once, and later changes at most every 5 s, so that the restart of many clients moves fewer connections. Instances that are
-    /// [held](crate::resolver::ResolverBuilder::mass_removal_protection) count, so a mass removal does not change the index.
+    /// [held](crate::resolver::ResolverBuilder::mass_removal_protection) count, so a mass removal does not change the index at once.
     ///
     /// All clients must see the same instances, so use a resolver with the same options in each of them. The resolver runs until the last
     /// receiver and the last channel that uses it have been dropped.

@@ -46,6 +46,12 @@ const ACCEPTED: &[&str] = &[
     r#"{"loadBalancingConfig": [{"random_subsetting_experimental": {"subsetSize": 1, "childPolicy": [{"round_robin": {}}]}}]}"#,
     r#"{"loadBalancingConfig": [{"random_subsetting_experimental": {"SUBSETSIZE": 4294967295, "childPolicy": [{"unheard_of": {}}, {"least_request_experimental": {}}], "a": 1}}]}"#,
     r#"{"loadBalancingConfig": [{"random_subsetting_experimental": {"subsetSize": 20, "childPolicy": [{"random_subsetting_experimental": {"subsetSize": 5, "childPolicy": [{"round_robin": {}}]}}]}}]}"#,
+    r#"{"loadBalancingConfig": [{"ring_hash_experimental": {}}]}"#,
+    r#"{"loadBalancingConfig": [{"ring_hash_experimental": null}]}"#,
+    r#"{"loadBalancingConfig": [{"ring_hash_experimental": {"minRingSize": 0, "maxRingSize": 8388608}}]}"#,
+    r#"{"loadBalancingConfig": [{"ring_hash_experimental": {"minRingSize": 5, "maxRingSize": 5, "requestHashHeader": "X-Key"}}]}"#,
+    r#"{"loadBalancingConfig": [{"ring_hash_experimental": {"requestHashHeader": ""}}]}"#,
+    r#"{"loadBalancingConfig": [{"ring_hash_experimental": {"requestHashHeader": null, "MINRINGSIZE": null}}]}"#,
     r#"{"loadBalancingPolicy": "round_robin"}"#,
     r#"{"loadBalancingPolicy": "unheard_of"}"#,
 ];
@@ -134,6 +140,16 @@ const REJECTED: &[&str] = &[
     r#"{"loadBalancingConfig": [{"random_subsetting_experimental": {"subsetSize": 2.5, "childPolicy": [{"round_robin": {}}]}}]}"#,
     r#"{"loadBalancingConfig": [{"random_subsetting_experimental": {"subsetSize": "20", "childPolicy": [{"round_robin": {}}]}}]}"#,
     r#"{"loadBalancingConfig": [{"random_subsetting_experimental": {"subsetSize": 4294967296, "childPolicy": [{"round_robin": {}}]}}]}"#,
+    r#"{"loadBalancingConfig": [{"ring_hash_experimental": {"minRingSize": 8388609}}]}"#,
+    r#"{"loadBalancingConfig": [{"ring_hash_experimental": {"minRingSize": 4097}}]}"#,
+    r#"{"loadBalancingConfig": [{"ring_hash_experimental": {"maxRingSize": 1023}}]}"#,
+    r#"{"loadBalancingConfig": [{"ring_hash_experimental": {"minRingSize": -1}}]}"#,
+    r#"{"loadBalancingConfig": [{"ring_hash_experimental": {"minRingSize": "5"}}]}"#,
+    r#"{"loadBalancingConfig": [{"ring_hash_experimental": {"minRingSize": 5.0}}]}"#,
+    r#"{"loadBalancingConfig": [{"ring_hash_experimental": {"requestHashHeader": "x-key-BIN"}}]}"#,
+    r#"{"loadBalancingConfig": [{"ring_hash_experimental": {"requestHashHeader": "x key"}}]}"#,
+    r#"{"loadBalancingConfig": [{"ring_hash_experimental": {"requestHashHeader": 7}}]}"#,
+    r#"{"loadBalancingConfig": [{"ring_hash_experimental": []}]}"#,
     r#"{"loadBalancingPolicy": 7}"#,
 ];
 
@@ -190,9 +206,9 @@ const DIFFERENT: &[(&str, &str, bool)] = &[
         true,
     ),
     (
-        "grpc-go knows the policy only if its package is imported.",
-        r#"{"loadBalancingConfig": [{"ring_hash_experimental": {"minRingSize": 100, "requestHashHeader": "x-key"}}]}"#,
-        true,
+        "A pseudo-header is no key of a call. grpc-go finds no value for it.",
+        r#"{"loadBalancingConfig": [{"ring_hash_experimental": {"requestHashHeader": ":path"}}]}"#,
+        false,
     ),
     (
         "grpc-go replaces half of a surrogate pair, which is no text in Unicode.",
@@ -360,10 +376,31 @@ fn duration(rng: &mut fastrand::Rng) -> Value {
 }
 
 fn policy(rng: &mut fastrand::Rng) -> Value {
-    let name = ["round_robin", "least_request_experimental", "unheard_of"];
+    let name = [
+        "round_robin",
+        "least_request_experimental",
+        "ring_hash_experimental",
+        "unheard_of",
+    ];
     let name = *rng.choice(&name).unwrap();
-    let count = one_of(rng, &[json!(2), json!(7), json!(1)]);
-    let config = object(rng, vec![("choiceCount", count)]);
+    let fields = if name == "ring_hash_experimental" {
+        let header = [json!("x-key"), json!(""), json!("X.Key_1"), json!("x-bin")];
+        vec![
+            (
+                "minRingSize",
+                one_of(rng, &[json!(1), json!(0), json!(5000)]),
+            ),
+            (
+                "maxRingSize",
+                one_of(rng, &[json!(5000), json!(0), json!(-1)]),
+            ),
+            ("requestHashHeader", one_of(rng, &header)),
+        ]
+    } else {
+        let count = one_of(rng, &[json!(2), json!(7), json!(1)]);
+        vec![("choiceCount", count)]
+    };
+    let config = object(rng, fields);
     maybe(rng, json!({ name: config }))
 }
 

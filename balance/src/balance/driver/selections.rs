@@ -235,8 +235,9 @@ impl Selections {
                 continue;
             }
             let counts = &mut selection.counts;
-            counts.endpoints = (counts.endpoints + after.endpoints) - before.endpoints;
-            counts.pending = (counts.pending + after.pending) - before.pending;
+            counts.endpoints =
+                (counts.endpoints + after.endpoints).saturating_sub(before.endpoints);
+            counts.pending = (counts.pending + after.pending).saturating_sub(before.pending);
             // The counts are only used while no endpoint of the set is ready.
             let published = &selection.published;
             if published.as_ref().is_none_or(|set| set.ready.len() == 0) {
