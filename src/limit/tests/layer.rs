@@ -232,7 +232,7 @@ async fn a_rejection_is_no_latency() {
     let layer = AdaptiveLimitLayer::new();
     for number in 0..300 {
         let (_client, response) = call(&layer, async move |_| {
-            if number % 10 < 6 {
+            if number % 10 < 8 {
                 status("16")
             } else {
                 sleep(10 * MILLI).await;
