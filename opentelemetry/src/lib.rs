@@ -1,6 +1,5 @@
 #![doc = include_str!("../README.md")]
 
-mod batch;
 #[cfg(feature = "tracing")]
 mod inject;
 
@@ -17,8 +16,6 @@ use opentelemetry::metrics::{self, Meter};
 use tonic_balance::metrics::{
     Counter, Histogram, Instrument, Label, Observations, Recorder, UpDownCounter,
 };
-
-use batch::Batches;
 
 #[cfg(feature = "tracing")]
 #[cfg_attr(docsrs, doc(cfg(feature = "tracing")))]
@@ -43,7 +40,6 @@ struct Instruments {
     /// The observations of each gauge: one for each channel or registry that the recorder was passed to. The SDK has one callback for each
     /// gauge, which it never removes.
     gauges: Mutex<HashMap<&'static str, Gauges>>,
-    batches: Arc<Batches>,
 }
 
 type Gauges = Arc<Mutex<Vec<Observations>>>;
@@ -52,21 +48,8 @@ impl OpenTelemetry {
     /// Creates a recorder.
     #[must_use]
     pub fn new(meter: Meter) -> Self {
-        let batches = Arc::new(Batches::default());
-        let flushed = Arc::downgrade(&batches);
-        // The SDK calls the callbacks before it collects the values. An instrument without a value is not exported. The SDK keeps the
-        // callback, so the returned handle is not needed.
-        let _ = meter
-            .u64_observable_counter("tonic_etcd.flush")
-            .with_callback(move |_| {
-                if let Some(batches) = flushed.upgrade() {
-                    batches.flush();
-                }
-            })
-            .build();
         Self(Arc::new(Instruments {
             meter,
-            batches,
             counters: Mutex::default(),
             up_down_counters: Mutex::default(),
             histograms: Mutex::default(),
@@ -160,7 +143,7 @@ impl Recorder for OpenTelemetry {
             instrument: counter,
             attributes,
         };
-        Some(self.0.batches.counter(counter))
+        Some(Box::new(counter))
     }
 
     fn up_down_counter(
@@ -198,7 +181,7 @@ impl Recorder for OpenTelemetry {
             instrument: histogram,
             attributes,
         };
-        Some(self.0.batches.histogram(histogram))
+        Some(Box::new(histogram))
     }
 
     fn gauge(&self, instrument: &'static Instrument, observations: Observations) {

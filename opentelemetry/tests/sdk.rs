@@ -163,7 +163,6 @@ fn every_value_of_many_threads_is_exported_once_during_and_after_exports() {
     let counter = recorder.counter(of_counter, &[]).unwrap();
     let histogram = recorder.histogram(of_histogram, &[]).unwrap();
 
-    // Before the first export: nothing shows that exports call the recorder.
     counter.add(1);
     histogram.record(1.0);
     provider.force_flush().unwrap();
@@ -198,6 +197,4 @@ fn every_value_of_many_threads_is_exported_once_during_and_after_exports() {
     provider.force_flush().unwrap();
     let (all, sum) = (all + 1, sum + 1.0);
     assert_eq!(totals(), (all, sum, all));
-    let exports = exporter.get_finished_metrics().unwrap();
-    assert!(find(&exports, "tonic_etcd.flush").is_none());
 }
