@@ -171,7 +171,14 @@ impl Driver {
         }
         self.publication.on_class(address, before, class);
         if let Some(subset) = &mut self.subset {
-            subset.on_class(address, class, Instant::now());
+            let mut ids = entry.subchannels.iter();
+            let is_stalled = ids.any(|id| self.subchannels.is_stalled(*id));
+            let is_useless =
+                self.quarantines.is_doubted(address) || (is_stalled && class != Class::Ready);
+            // The second connection beside a stalled one is probably not answered either, and answers that are not gRPC are of no use.
+            let class = if is_useless { Class::Failing } else { class };
+            let is_idle = state == EndpointState::Idle;
+            subset.on_class(address, class, is_idle, Instant::now());
         }
     }
 
