@@ -87,8 +87,13 @@ impl Driver {
     pub(super) fn update_reported_weights(&mut self, now: Instant) {
         let ready = self.endpoints.iter();
         let ready = ready.filter(|(_, entry)| entry.class == Class::Ready);
-        let ready = ready.map(|(address, entry)| (address.clone(), entry.endpoint.weight_report()));
-        for address in self.reported_weights.update(ready.collect(), now) {
+        let ready = ready.map(|(address, entry)| {
+            let ejection = self.ejection_reason(entry);
+            let is_ordinary = ejection.is_none() && !entry.attributes.is_last_resort();
+            (address.clone(), is_ordinary, entry.endpoint.weight_report())
+        });
+        let ready = ready.collect();
+        for address in self.reported_weights.update(ready, now) {
             self.update_ready_sets(&address);
         }
     }
