@@ -18,8 +18,9 @@ impl Resolver {
     /// Returns the index of a client among the instances of its own service, for
     /// [`ChannelBuilder::aperture`](crate::channel::ChannelBuilder::aperture). `own` is the address under which the client is registered.
     ///
-    /// The index is `None` while the client is not among the instances, and the channel then has a random subset. The first index is reported
-    /// at once, and later changes at most every 5 s, so that the restart of many clients moves fewer connections. Instances that are
+    /// The index is `None` until the client is among the instances, and the channel then has a random subset. The first index is reported at
+    /// once, and later changes at most every 5 s, so that the restart of many clients moves fewer connections. A client that is no longer among
+    /// the instances, because it shuts down or has lost its registration for a moment, keeps its last index. Instances that are
     /// [held](crate::resolver::ResolverBuilder::mass_removal_protection) count, so a mass removal does not change the index at once.
     ///
     /// All clients must see the same instances, so use a resolver with the same options in each of them. The resolver runs until the last
@@ -90,22 +91,30 @@ async fn report(
     loop {
         let instances = resolver.instances();
         let index = PeerIndex::among(&own, instances.iter().map(Instance::address));
-        let is_changed = sender.send_if_modified(|current| {
-            let before = std::mem::replace(current, index);
-            before != index
-        });
-        if is_changed {
+        if publish(sender, index) {
             tracing::debug!(
                 service = resolver.service(),
                 ?index,
                 "index among the peers"
             );
-        }
-        if index.is_some() {
             sleep(INTERVAL).await;
         }
         changed(resolver).await;
     }
+}
+
+/// Publishes an index if it is known and differs from the last one. Returns whether it does.
+///
+/// A client that shuts down, or whose lease has expired, is no longer among the instances but still makes calls. Without an index, it would dial
+/// servers outside its aperture for this short time.
+fn publish(sender: &watch::Sender<Option<PeerIndex>>, index: Option<PeerIndex>) -> bool {
+    sender.send_if_modified(|current| {
+        let is_new = index.is_some() && *current != index;
+        if is_new {
+            *current = index;
+        }
+        is_new
+    })
 }
 
 /// Waits for a change of the instances, and reads all changes that are ready. The stream of a resolver never ends.
@@ -130,3 +139,20 @@ async fn changed(resolver: &mut Resolver) {
 /// Shortest time between two changes of the index. Each change moves connections of all clients, and a rolling restart of the clients changes
 /// the index many times.
 const INTERVAL: Duration = Duration::from_secs(5);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_client_that_is_no_longer_registered_keeps_its_index() {
+        let (sender, receiver) = watch::channel(None);
+        assert!(!publish(&sender, None));
+        assert!(publish(&sender, PeerIndex::new(1, 3)));
+        assert!(!publish(&sender, PeerIndex::new(1, 3)));
+        assert!(!publish(&sender, None));
+        assert_eq!(*receiver.borrow(), PeerIndex::new(1, 3));
+        assert!(publish(&sender, PeerIndex::new(0, 2)));
+        assert_eq!(*receiver.borrow(), PeerIndex::new(0, 2));
+    }
+}

@@ -64,8 +64,10 @@ impl HashRing {
         let attempts = (0..=ATTEMPTS).filter_map(move |attempt| self.endpoint(hash, attempt));
         let len = self.endpoints.len();
         let start = usize::try_from(hash >> u32::BITS).unwrap_or_default() % len.max(1);
-        let scan = (0..len.min(scan_limit)).map(move |step| (start + step) % len);
-        attempts.chain(scan.filter_map(|index| self.endpoints.get(index)?.as_ref()))
+        let scan = (0..len).map(move |step| (start + step) % len);
+        // The places of removed endpoints do not count.
+        let scan = scan.filter_map(|index| self.endpoints.get(index)?.as_ref());
+        attempts.chain(scan.take(scan_limit))
     }
 
     /// Returns whether the owners were computed for other endpoints or weights.
@@ -591,6 +593,19 @@ mod tests {
             let len = owners(&all).len();
             let took = tokio::time::Instant::now().saturating_duration_since(start);
             println!("{count} endpoints: {took:?} for {len} slots");
+        }
+    }
+
+    #[test]
+    fn the_places_of_removed_endpoints_do_not_count_in_a_scan() {
+        let all = names(1_000);
+        let mut builder = HashRingBuilder::default();
+        build(&mut builder, all.iter().copied());
+        let left = all[..2].iter().copied();
+        let ring = builder.build(left, &mut RingBudget::new(0));
+        assert!(ring.is_stale());
+        for (hash, _) in all {
+            assert!(ring.endpoints(hash, 1).next().is_some());
         }
     }
 }

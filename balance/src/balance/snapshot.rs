@@ -229,7 +229,7 @@ impl<'a> Snapshot<'a> {
         })
     }
 
-    /// Returns whether the call waits for endpoints that are all last resorts. The wait queue hands over no stream of them while other
+    /// Returns whether the call waits for endpoints of its selection, or of its part of the traffic split, that are all last resorts. The wait queue hands over no stream of them while other
     /// endpoints of the channel are ready.
     pub(crate) fn awaits_last_resorts(&self) -> bool {
         let selected = self.key.select().and_then(|select| self.subset(select));
@@ -238,8 +238,9 @@ impl<'a> Snapshot<'a> {
             let part = split.parts.get(self.full_part.get()?)?;
             Some(&*part.subset)
         };
-        let subset = selected.or_else(of_part);
-        subset.is_some_and(|subset| subset.is_last_resort && subset.ready.len() > 0)
+        // The set of the selection may have no ready endpoint, and the call then waits for its part.
+        let is_last_resort = |subset: &Subset| subset.is_last_resort && subset.ready.len() > 0;
+        selected.is_some_and(is_last_resort) || of_part().is_some_and(is_last_resort)
     }
 
     fn subset(&self, select: &Select) -> Option<&Subset> {

@@ -6,7 +6,6 @@ use std::task::{Context, Poll, ready};
 use http::{HeaderMap, HeaderValue, Request, Response};
 use http_body::{Body, Frame, SizeHint};
 use pin_project_lite::pin_project;
-use prost::Message;
 use tokio::time::Instant;
 use tonic::metadata::{Binary, MetadataValue};
 use tower::{Layer, Service};
@@ -17,7 +16,8 @@ use crate::load_report::TRAILER;
 /// A [`tower::Layer`] for a server, which adds a load report to the trailers of each response. See the [module](super).
 ///
 /// The layer counts the calls of all servers and all services that have it and share its recorder. It should be the outermost layer, so that
-/// it also counts the calls that other layers refuse. A response that has a report already keeps it.
+/// it also counts the calls that other layers refuse. A response that has a report already keeps it. If a report is larger than 4 KiB, it is
+/// sent without the metrics and utilizations that have a name, except `requests_in_flight`, because clients limit the size of trailers.
 #[derive(Clone, Debug)]
 pub struct ReportLoadLayer {
     recorder: LoadRecorder,
@@ -95,7 +95,7 @@ impl Served {
         // A response without a status is not gRPC, so its client expects no report.
         if status.is_some() && !trailers.contains_key(TRAILER) {
             // The call itself is still in flight, as it is at its client.
-            let report = self.recorder.report(Instant::now()).encode_to_vec();
+            let report = self.recorder.trailer(Instant::now());
             let value = MetadataValue::<Binary>::from_bytes(&report);
             if let Ok(value) = HeaderValue::from_bytes(value.as_encoded_bytes()) {
                 trailers.insert(TRAILER, value);

@@ -3,9 +3,10 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use arc_swap::ArcSwap;
+use prost::Message;
 use tokio::time::Instant;
 
 use super::traffic::Traffic;
@@ -33,6 +34,8 @@ struct Recorded {
     application_utilization: Number,
     cpu_utilization: Number,
     memory_utilization: Number,
+    /// Whether the log has a warning that the reports are too large for a trailer.
+    has_warned: AtomicBool,
     /// Replaced as a whole with each change, because reports are more frequent than changes.
     named: ArcSwap<Named>,
 }
@@ -73,6 +76,7 @@ impl LoadRecorder {
             application_utilization: Number::default(),
             cpu_utilization: Number::default(),
             memory_utilization: Number::default(),
+            has_warned: AtomicBool::new(false),
             named: ArcSwap::default(),
         }))
     }
@@ -145,6 +149,25 @@ impl LoadRecorder {
         &self.0.traffic
     }
 
+    /// Returns the encoded report at `now` for the trailers of a response. A report that is too large has no names of the program.
+    pub(super) fn trailer(&self, now: Instant) -> Vec<u8> {
+        let mut report = self.report(now);
+        let size = report.encoded_len();
+        if size > MAX_TRAILER {
+            if !self.0.has_warned.swap(true, Ordering::Relaxed) {
+                tracing::warn!(
+                    size,
+                    "the load report is too large for a trailer and is sent without named metrics"
+                );
+            }
+            report.utilization.clear();
+            report
+                .named_metrics
+                .retain(|name, _| name == REQUESTS_IN_FLIGHT);
+        }
+        report.encode_to_vec()
+    }
+
     /// Returns the report at `now`.
     pub(super) fn report(&self, now: Instant) -> OrcaLoadReport {
         let sample = self.0.traffic.sample(now);
@@ -171,6 +194,10 @@ impl LoadRecorder {
     }
 }
 
+/// Limit on the size of a report in a trailer. Clients limit the size of all trailers of a response, often to 8 KiB or 16 KiB, and base64 adds a
+/// third. A response whose trailers are too large fails.
+const MAX_TRAILER: usize = 4 * 1024;
+
 impl Default for LoadRecorder {
     fn default() -> Self {
         Self::new()
@@ -187,8 +214,6 @@ impl fmt::Debug for LoadRecorder {
 
 #[cfg(test)]
 mod tests {
-    use prost::Message;
-
     use super::*;
     use crate::load_report::LoadReport;
 
@@ -219,6 +244,24 @@ mod tests {
         let report = read(&recorder);
         assert_eq!(report.named_metric("gone"), None);
         assert_eq!(report.named_utilization("pool"), None);
+    }
+
+    #[test]
+    fn a_report_that_is_too_large_for_a_trailer_has_no_names() {
+        let recorder = LoadRecorder::new();
+        recorder.set_application_utilization(0.7);
+        let now = Instant::now();
+        let read = || LoadReport::decode(&recorder.trailer(now), now).expect("a report");
+        recorder.set_named_metric("queue_length", 12.0);
+        assert_eq!(read().named_metric("queue_length"), Some(12.0));
+        for number in 0..500 {
+            recorder.set_named_utilization(format!("pool-{number}"), 0.5);
+        }
+        assert!(recorder.trailer(now).len() < MAX_TRAILER);
+        assert_eq!(read().named_metric("queue_length"), None);
+        assert_eq!(read().named_utilization("pool-1"), None);
+        assert_eq!(read().requests_in_flight(), Some(0));
+        assert_eq!(read().application_utilization(), Some(0.7));
     }
 
     #[test]

@@ -52,6 +52,8 @@ impl Driver {
             if let Some(length) = self.quarantines.on_report(address, now) {
                 tracing::warn!(%address, ?length, "endpoint is in quarantine: its responses are not gRPC");
                 self.update_ready_sets(address);
+                // A subset needs another endpoint in place of this one.
+                self.reclassify(address);
             }
         }
     }
@@ -66,6 +68,7 @@ impl Driver {
         };
         for address in self.quarantines.on_time(now, is_grpc) {
             self.update_ready_sets(&address);
+            self.reclassify(&address);
         }
     }
 }

@@ -38,7 +38,7 @@ impl PendingPublication {
         self.publish_at.is_some_and(|at| at <= now)
     }
 
-    /// Schedules a publication. If the ready set is large, the publication is delayed by [`BATCH_DELAY`], so that further changes can be
+    /// Schedules a publication, or brings a later one forward. If the ready set is large, the publication is delayed by [`BATCH_DELAY`], so that further changes can be
     /// included.
     pub(super) fn soon(&mut self) {
         let delay = if self.summary.ready < SMALL_SET {
@@ -46,8 +46,7 @@ impl PendingPublication {
         } else {
             BATCH_DELAY
         };
-        self.publish_at
-            .get_or_insert_with(|| Instant::now() + delay);
+        self.at(Instant::now() + delay);
     }
 
     /// Schedules a publication without a delay.
@@ -166,6 +165,10 @@ mod tests {
         assert_eq!(publication.next(), Some(now + BATCH_DELAY));
         publication.now();
         assert!(publication.is_due(now));
+        publication.clear();
+        publication.at(now + BATCH_DELAY * 20);
+        publication.soon();
+        assert_eq!(publication.next(), Some(now + BATCH_DELAY));
     }
 
     #[tokio::test]

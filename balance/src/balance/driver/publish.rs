@@ -87,8 +87,13 @@ impl Driver {
     pub(super) fn update_reported_weights(&mut self, now: Instant) {
         let ready = self.endpoints.iter();
         let ready = ready.filter(|(_, entry)| entry.class == Class::Ready);
-        let ready = ready.map(|(address, entry)| (address.clone(), entry.endpoint.weight_report()));
-        for address in self.reported_weights.update(ready.collect(), now) {
+        let ready = ready.map(|(address, entry)| {
+            let ejection = self.ejection_reason(entry);
+            let is_ordinary = ejection.is_none() && !entry.attributes.is_last_resort();
+            (address.clone(), is_ordinary, entry.endpoint.weight_report())
+        });
+        let ready = ready.collect();
+        for address in self.reported_weights.update(ready, now) {
             self.update_ready_sets(&address);
         }
     }
@@ -171,7 +176,14 @@ impl Driver {
         }
         self.publication.on_class(address, before, class);
         if let Some(subset) = &mut self.subset {
-            subset.on_class(address, class, Instant::now());
+            let mut ids = entry.subchannels.iter();
+            let is_stalled = ids.any(|id| self.subchannels.is_stalled(*id));
+            let is_useless =
+                self.quarantines.is_doubted(address) || (is_stalled && class != Class::Ready);
+            // The second connection beside a stalled one is probably not answered either, and answers that are not gRPC are of no use.
+            let class = if is_useless { Class::Failing } else { class };
+            let is_idle = state == EndpointState::Idle;
+            subset.on_class(address, class, is_idle, Instant::now());
         }
     }
 

@@ -53,28 +53,37 @@ impl Quarantines {
         quarantine.is_some_and(|quarantine| quarantine.until.is_some())
     }
 
+    /// Returns whether the endpoint is in quarantine or on probation, so its last answers were not gRPC.
+    pub(super) fn is_doubted(&self, address: &Address) -> bool {
+        self.0.contains_key(address)
+    }
+
     pub(super) fn forget(&mut self, address: &Address) {
         self.0.remove(address);
     }
 
-    /// Ends the quarantines that have expired, and the probation of each endpoint whose last answer was gRPC. Returns the endpoints whose
-    /// quarantine has expired. They are on probation from now on. `is_grpc` returns whether the last answer of an endpoint was gRPC.
+    /// Ends the quarantines that have expired, and the probation of each endpoint whose last answer was gRPC. Returns the endpoints of both.
+    /// Those whose quarantine has expired are on probation from now on. `is_grpc` returns whether the last answer of an endpoint was gRPC.
     pub(super) fn on_time(
         &mut self,
         now: Instant,
         is_grpc: impl Fn(&Address) -> bool,
     ) -> Vec<Address> {
-        let mut expired = Vec::new();
+        let mut changed = Vec::new();
         self.0.retain(|address, quarantine| match quarantine.until {
             Some(until) if until > now => true,
             Some(_) => {
                 quarantine.until = None;
-                expired.push(address.clone());
+                changed.push(address.clone());
                 true
             }
-            None => !is_grpc(address),
+            None if is_grpc(address) => {
+                changed.push(address.clone());
+                false
+            }
+            None => true,
         });
-        expired
+        changed
     }
 }
 
@@ -118,7 +127,12 @@ mod tests {
             lengths.push(length.as_secs());
         }
         assert_eq!(lengths, [1, 2, 4, 8, 16, 30, 30]);
-        assert!(quarantines.on_time(now, |_| true).is_empty());
+        assert!(quarantines.is_doubted(&address));
+        assert_eq!(
+            quarantines.on_time(now, |_| true),
+            std::slice::from_ref(&address)
+        );
+        assert!(!quarantines.is_doubted(&address));
         let length = quarantines.on_report(&address, now);
         assert_eq!(length, Some(FIRST), "the probation must have ended");
     }

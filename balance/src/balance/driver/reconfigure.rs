@@ -8,7 +8,6 @@ use tokio::time::Instant;
 use super::driver::Driver;
 use super::endpoint_entry::EndpointEntry;
 use super::outlier_schedule::OutlierSchedule;
-use super::reported_weights::ReportedWeights;
 use crate::balance::health_status::Health;
 use crate::balance::load_weights::LoadReports;
 use crate::balance::options::Reconfiguration;
@@ -71,13 +70,15 @@ impl Driver {
         self.publication.now();
     }
 
-    /// Replaces the settings of weights from load reports. All endpoints have the weights of the registry until the next update.
+    /// Replaces the settings of weights from load reports. If they were disabled, all endpoints have the weights of the registry until the next
+    /// update.
     fn set_load_weights(&mut self, weights: Option<LoadReports>) {
         tracing::info!(
             enabled = weights.is_some(),
             "weights from load reports change"
         );
-        self.reported_weights = ReportedWeights::new(weights.clone(), Instant::now());
+        self.reported_weights
+            .set_config(weights.clone(), Instant::now());
         self.options.load_weights = weights;
         let addresses: Vec<_> = self.endpoints.keys().cloned().collect();
         for address in addresses {

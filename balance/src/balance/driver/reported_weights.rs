@@ -34,6 +34,18 @@ impl ReportedWeights {
         }
     }
 
+    /// Replaces the settings. If there were some, the weights stay until the next update: the reports of the servers are still known, so no
+    /// endpoint needs another blackout period.
+    pub(super) fn set_config(&mut self, config: Option<LoadReports>, now: Instant) {
+        let (Some(_), Some(after)) = (&self.config, &config) else {
+            *self = Self::new(config, now);
+            return;
+        };
+        let update_at = now + after.update_period();
+        self.update_at = Some(self.update_at.map_or(update_at, |at| at.min(update_at)));
+        self.config = config;
+    }
+
     /// Returns the time of the next update.
     pub(super) fn next(&self) -> Option<Instant> {
         self.update_at
@@ -62,42 +74,48 @@ impl ReportedWeights {
         self.series.remove(address);
     }
 
-    /// Computes the factors from the last report of each ready endpoint. Returns the endpoints whose factor has changed.
+    /// Computes the factors from the last report of each ready endpoint. Returns the endpoints whose factor has changed. The flag of an
+    /// endpoint is true if it gets ordinary picks. The others are not compared with, unless there are only such endpoints.
     pub(super) fn update(
         &mut self,
-        endpoints: Vec<(Address, Option<Arc<LoadReport>>)>,
+        endpoints: Vec<(Address, bool, Option<Arc<LoadReport>>)>,
         now: Instant,
     ) -> Vec<Address> {
         let Some(config) = &self.config else {
             return Vec::new();
         };
+        let none_is_ordinary = endpoints.iter().all(|(_, is_ordinary, _)| !is_ordinary);
         let mut weights = Vec::with_capacity(endpoints.len());
-        for (address, report) in &endpoints {
+        for (address, is_ordinary, report) in &endpoints {
             // An endpoint without a report needs no entry.
             let weight = report.as_ref().and_then(|report| {
                 let series = self.series.entry(address.clone()).or_default();
                 series.weight(Some(report), now, config)
             });
-            weights.push(weight);
+            weights.push((weight, *is_ordinary || none_is_ordinary));
         }
         let before: Vec<_> = endpoints
             .iter()
-            .map(|(address, _)| self.factor(address))
+            .map(|(address, ..)| self.factor(address))
             .collect();
         let factors = factors(&weights).unwrap_or_default();
-        let without_weight = weights.iter().position(Option::is_none);
+        let without_weight = weights.iter().position(|(weight, _)| weight.is_none());
         self.mean = without_weight
             .and_then(|index| factors.get(index).copied())
-            .unwrap_or_else(|| mean(&factors));
+            .unwrap_or_else(|| {
+                let ordinary = factors.iter().zip(&weights).filter(|(_, (_, is))| *is);
+                let ordinary: Vec<_> = ordinary.map(|(factor, _)| *factor).collect();
+                mean(&ordinary)
+            });
         self.factors = endpoints
             .iter()
             .zip(factors)
-            .map(|((address, _), factor)| (address.clone(), factor))
+            .map(|((address, ..), factor)| (address.clone(), factor))
             .collect();
         let changed = endpoints.into_iter().zip(before);
         changed
-            .filter(|((address, _), before)| self.factor(address) != *before)
-            .map(|((address, _), _)| address)
+            .filter(|((address, ..), before)| self.factor(address) != *before)
+            .map(|((address, ..), _)| address)
             .collect()
     }
 }
@@ -143,9 +161,9 @@ mod tests {
         let mut weights = weights(now);
         let endpoints = |second| {
             vec![
-                (address(1), report(0.2, now)),
-                (address(2), report(second, now)),
-                (address(3), None),
+                (address(1), true, report(0.2, now)),
+                (address(2), true, report(second, now)),
+                (address(3), true, None),
             ]
         };
         assert_eq!(weights.factor(&address(1)), 1);
@@ -164,12 +182,15 @@ mod tests {
         let mut weights = weights(now);
         weights.update(
             vec![
-                (address(1), report(0.2, now)),
-                (address(2), report(0.8, now)),
+                (address(1), true, report(0.2, now)),
+                (address(2), true, report(0.8, now)),
             ],
             now,
         );
-        let left = vec![(address(1), report(0.2, now)), (address(2), None)];
+        let left = vec![
+            (address(1), true, report(0.2, now)),
+            (address(2), true, None),
+        ];
         let changed = weights.update(left, now);
         assert_eq!(changed, [address(1), address(2)]);
         assert_eq!(weights.factor(&address(2)), 1);
@@ -187,7 +208,7 @@ mod tests {
         let mut disabled = ReportedWeights::new(None, now);
         assert!(!disabled.take_due(at(60)));
         assert_eq!(disabled.next(), None);
-        let changed = disabled.update(vec![(address(1), report(0.5, now))], now);
+        let changed = disabled.update(vec![(address(1), true, report(0.5, now))], now);
         assert!(changed.is_empty());
     }
 
@@ -198,8 +219,8 @@ mod tests {
         let mut weights = ReportedWeights::new(Some(LoadReports::new()), now);
         let endpoints = |utilization, seconds| {
             vec![
-                (address(1), report(0.2, after(seconds))),
-                (address(2), report(utilization, after(seconds))),
+                (address(1), true, report(0.2, after(seconds))),
+                (address(2), true, report(utilization, after(seconds))),
             ]
         };
         weights.update(endpoints(0.8, 0), now);
@@ -209,5 +230,58 @@ mod tests {
         weights.forget(&address(2));
         weights.update(endpoints(0.8, 11), after(11));
         assert_eq!(weights.factor(&address(2)), 1);
+    }
+
+    #[test]
+    fn new_settings_start_no_new_blackout_period() {
+        let now = Instant::now();
+        let after = |seconds| now + Duration::from_secs(seconds);
+        let mut weights = ReportedWeights::new(Some(LoadReports::new()), now);
+        let endpoints = |seconds| {
+            vec![
+                (address(1), true, report(0.2, after(seconds))),
+                (address(2), true, report(0.8, after(seconds))),
+            ]
+        };
+        weights.update(endpoints(0), now);
+        weights.update(endpoints(10), after(10));
+        assert!(weights.take_due(after(10)));
+        let slower = LoadReports::new().weight_update_period(Duration::from_secs(60));
+        weights.set_config(Some(slower), after(10));
+        assert_eq!(weights.factor(&address(2)), 250);
+        assert_eq!(
+            weights.next(),
+            Some(after(11)),
+            "the update must not be late"
+        );
+        assert!(weights.update(endpoints(11), after(11)).is_empty());
+        assert_eq!(weights.factor(&address(2)), 250);
+        weights.set_config(None, after(12));
+        assert_eq!((weights.factor(&address(2)), weights.next()), (1, None));
+    }
+
+    #[test]
+    fn an_endpoint_without_ordinary_picks_does_not_determine_the_factors_of_the_others() {
+        let now = Instant::now();
+        let mut weights = weights(now);
+        let endpoints = |is_ordinary| {
+            vec![
+                (address(1), true, report(0.2, now)),
+                (address(2), true, report(0.4, now)),
+                // This server seems to have 8 times the capacity, because its calls fail at once.
+                (address(3), is_ordinary, report(0.025, now)),
+            ]
+        };
+        weights.update(endpoints(true), now);
+        let factors =
+            |weights: &ReportedWeights| [1, 2, 3, 4].map(|port| weights.factor(&address(port)));
+        assert_eq!(factors(&weights), [125, 63, 1_000, 396]);
+        weights.update(endpoints(false), now);
+        assert_eq!(factors(&weights), [1_000, 500, 1_000, 750]);
+        // If there are only such endpoints, they are compared with each other.
+        let last_resorts = endpoints(false).into_iter();
+        let last_resorts = last_resorts.map(|(address, _, report)| (address, false, report));
+        weights.update(last_resorts.collect(), now);
+        assert_eq!(factors(&weights), [125, 63, 1_000, 396]);
     }
 }

@@ -38,6 +38,8 @@ pub(super) struct Selections {
     /// The value of `round` at the last sweep.
     swept_round: u64,
     swept: Instant,
+    /// The number of times that the sets were frozen.
+    frozen: u64,
     /// The published sets; `None` if one of them has changed since then.
     published: Option<Arc<Subsets>>,
 }
@@ -53,6 +55,8 @@ struct Selection {
     last_used: u64,
     /// Whether the set was published, so that the calls that have requested it had their answer.
     was_published: bool,
+    /// The value of [`Selections::frozen`] since which the ring of the set has been stale; `u64::MAX` if it is not stale.
+    stale_since: u64,
     /// The published set; `None` if it has changed since then.
     published: Option<Arc<Subset>>,
 }
@@ -103,6 +107,7 @@ impl Selections {
             round: 0,
             swept_round: 0,
             swept: now,
+            frozen: 0,
             published: None,
         };
         let none = Known {
@@ -136,6 +141,7 @@ impl Selections {
             used: Arc::new(AtomicBool::new(true)),
             last_used: self.round,
             was_published: false,
+            stale_since: u64::MAX,
             published: None,
         };
         self.sets.insert(criterion, selection);
@@ -254,8 +260,13 @@ impl Selections {
         } else if self.published.is_none() {
             let mut subsets = Subsets::default();
             let mut is_stale = false;
-            for (criterion, selection) in &mut self.sets {
-                let subset = selection.freeze(rings);
+            self.frozen += 1;
+            // The ring that has been stale for the longest time is computed first. Otherwise other sets that change all the time could keep
+            // it stale.
+            let mut sets: Vec<_> = self.sets.iter_mut().collect();
+            sets.sort_by_key(|(_, selection)| selection.stale_since);
+            for (criterion, selection) in sets {
+                let subset = selection.freeze(rings, self.frozen);
                 is_stale |= selection.published.is_none();
                 subsets.sets.insert(criterion.clone(), subset);
             }
@@ -339,13 +350,18 @@ impl Selections {
 
 impl Selection {
     /// Returns the set to publish.
-    fn freeze(&mut self, rings: &mut RingBudget) -> Arc<Subset> {
+    fn freeze(&mut self, rings: &mut RingBudget, frozen: u64) -> Arc<Subset> {
         self.was_published = true;
         if let Some(published) = &self.published {
             return Arc::clone(published);
         }
         let ready = self.sets.freeze(rings);
         let is_stale = ready.ring().is_some_and(HashRing::is_stale);
+        self.stale_since = if is_stale {
+            self.stale_since.min(frozen)
+        } else {
+            u64::MAX
+        };
         let subset = Arc::new(Subset {
             ready,
             endpoints: self.counts.endpoints,

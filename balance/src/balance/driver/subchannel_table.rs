@@ -145,6 +145,11 @@ impl Subchannels {
         self.ready(id).is_some_and(|(_, ready)| ready.is_silent())
     }
 
+    /// Returns whether the subchannel is connected, but the peer has left a PING unanswered.
+    pub(super) fn is_stalled(&self, id: SubchannelId) -> bool {
+        self.ready(id).is_some_and(|(_, ready)| ready.is_stalled())
+    }
+
     /// Returns whether all these subchannels are ready, and every stream of their connections is in use.
     pub(super) fn are_full(&self, ids: &[SubchannelId]) -> bool {
         ids.iter().all(|id| {

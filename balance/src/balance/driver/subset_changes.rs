@@ -3,6 +3,7 @@
 use tokio::time::Instant;
 
 use super::driver::Driver;
+use super::subchannel_table::Class;
 use super::subset::EndpointSubset;
 
 impl Driver {
@@ -53,7 +54,12 @@ impl Driver {
             let peer = self.peers.current();
             let endpoints = self.endpoints.iter().map(|(address, entry)| {
                 let attributes = entry.attributes.clone();
-                (address.clone(), attributes, entry.class)
+                let class = if self.quarantines.is_doubted(address) {
+                    Class::Failing
+                } else {
+                    entry.class
+                };
+                (address.clone(), attributes, class)
             });
             let subset = EndpointSubset::new(size, seed, peer, endpoints, Instant::now());
             self.subset = Some(subset);

@@ -70,9 +70,15 @@ impl LoadReports {
     }
 
     /// Sets how much failed calls reduce a weight: the share of the calls that fail is multiplied by this number and added to the
-    /// utilization. Default 1. A negative number, and a value that is not a number, count as 0.
+    /// utilization. Default 1. A negative number, and a value that is not a number, count as 0. The
+    /// maximum is 1 000 000.
     pub fn error_utilization_penalty(mut self, penalty: f64) -> Self {
-        self.error_utilization_penalty = penalty.max(0.0);
+        // An infinite penalty times no failed calls would be no number. `NaN > 0.0` is false.
+        self.error_utilization_penalty = if penalty > 0.0 {
+            penalty.min(MAX_PENALTY)
+        } else {
+            0.0
+        };
         self
     }
 
@@ -81,5 +87,7 @@ impl LoadReports {
     }
 }
 
+/// With this penalty, one failed call in a million counts as full utilization.
+const MAX_PENALTY: f64 = 1e6;
 /// The minimum of gRFC A58.
 const MIN_UPDATE_PERIOD: Duration = Duration::from_millis(100);

@@ -51,21 +51,30 @@ fn weight(report: &LoadReport, error_utilization_penalty: f64) -> Option<f64> {
 
 /// Converts the weights of all endpoints to integers from 1 to [`MAX_FACTOR`] in the same proportion. An endpoint without a weight gets the
 /// mean of the others. Returns `None` if fewer than two endpoints have a weight, because there is nothing to compare then.
-pub(crate) fn factors(weights: &[Option<f64>]) -> Option<Vec<u32>> {
-    let known = || weights.iter().flatten();
-    let number = known().count();
+///
+/// The flag of an endpoint is true if it gets ordinary picks. The scale depends only on such endpoints, because a server whose calls all fail at
+/// once seems to have a large capacity. No weight counts as more than [`MAX_RATIO`] times the median, so that the absurd report of one server
+/// does not round the weights of all others to 1.
+pub(crate) fn factors(weights: &[(Option<f64>, bool)]) -> Option<Vec<u32>> {
+    let ordinary = weights.iter().filter(|(_, is_ordinary)| *is_ordinary);
+    let mut ordinary: Vec<f64> = ordinary.filter_map(|(weight, _)| *weight).collect();
+    let number = ordinary.len();
     if number < 2 {
         return None;
     }
-    let largest = known().copied().fold(f64::MIN_POSITIVE, f64::max);
+    ordinary.sort_by(f64::total_cmp);
+    let (lower, upper) = (ordinary.get((number - 1) / 2)?, ordinary.get(number / 2)?);
+    let limit = (lower / 2.0 + upper / 2.0) * MAX_RATIO;
+    let known = || ordinary.iter().map(|weight| weight.min(limit));
+    let largest = known().fold(f64::MIN_POSITIVE, f64::max);
     // The quotients are at most 1, so their sum is finite, however large the weights are.
     #[expect(
         clippy::cast_precision_loss,
         reason = "a set has far fewer than 2^52 endpoints"
     )]
     let mean = known().map(|weight| weight / largest).sum::<f64>() / number as f64;
-    let factor = |weight: &Option<f64>| {
-        let share = weight.map_or(mean, |weight| weight / largest);
+    let factor = |(weight, _): &(Option<f64>, bool)| {
+        let share = weight.map_or(mean, |weight| weight.min(largest) / largest);
         #[expect(
             clippy::cast_possible_truncation,
             clippy::cast_sign_loss,
@@ -80,6 +89,8 @@ pub(crate) fn factors(weights: &[Option<f64>]) -> Option<Vec<u32>> {
 /// The factor of the endpoint with the largest weight. grpc-go scales weights to 65 535. This number is smaller, because it is multiplied by
 /// the weight of the endpoint, and by the factors of slow start and of the zone.
 const MAX_FACTOR: u32 = 1_000;
+/// The largest weight as a multiple of the median. Servers of one service rarely differ more.
+const MAX_RATIO: f64 = 10.0;
 
 #[cfg(test)]
 mod tests {
@@ -180,6 +191,37 @@ mod tests {
         assert!(near(weight, 20.0));
     }
 
+    /// Returns the factors of endpoints that all get ordinary picks.
+    fn factors(weights: &[Option<f64>]) -> Option<Vec<u32>> {
+        let ordinary: Vec<_> = weights.iter().map(|weight| (*weight, true)).collect();
+        super::factors(&ordinary)
+    }
+
+    #[test]
+    fn an_absurd_weight_does_not_flatten_the_others() {
+        let weights = [Some(10.0), Some(1e12), Some(20.0), Some(20.0)];
+        assert_eq!(factors(&weights), Some(vec![50, 1_000, 100, 100]));
+    }
+
+    #[test]
+    fn a_penalty_is_a_finite_number() {
+        let now = Instant::now();
+        let report = at(&message(0.5, 0.0, 10.0, 0.0), now);
+        for (penalty, used) in [
+            (f64::INFINITY, 1e6),
+            (f64::NAN, 0.0),
+            (-1.0, 0.0),
+            (2.0, 2.0),
+        ] {
+            let config = LoadReports::new()
+                .blackout_period(Duration::ZERO)
+                .error_utilization_penalty(penalty);
+            assert!(config.error_utilization_penalty.total_cmp(&used).is_eq());
+            let weight = Series::default().weight(Some(&report), now, &config);
+            assert!(near(weight, 20.0), "no call fails");
+        }
+    }
+
     #[test]
     fn endpoints_without_a_weight_get_the_mean_of_the_others() {
         let weights = [Some(10.0), None, Some(30.0), None];
@@ -198,7 +240,7 @@ mod tests {
     proptest! {
         #[test]
         fn factors_are_in_proportion_to_the_weights(
-            weights in proptest::collection::vec(proptest::option::of(1.0..1_000.0_f64), 0..20),
+            weights in proptest::collection::vec(proptest::option::of(100.0..1_000.0_f64), 0..20),
         ) {
             let known = weights.iter().flatten().count();
             let factors = factors(&weights);

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use tokio::sync::watch;
+use tokio::time::Instant;
 use twox_hash::XxHash64;
 
 use super::support::PATIENCE;
@@ -127,6 +128,66 @@ async fn a_call_does_not_fail_while_an_endpoint_outside_the_subset_can_serve_it(
     }
     // The endpoint of the subset is still dialled.
     assert_eq!(used(&channel), BTreeSet::from([server.address(), refusing]));
+}
+
+#[tokio::test]
+async fn another_endpoint_is_used_soon_if_the_packets_of_the_subset_are_lost() {
+    let servers = [Greeter::start("alpha"), Greeter::start("beta")];
+    let (frozen, freeze) = support::valve(servers[0].address);
+    let frozen = frozen.to_string();
+    let channel = builder()
+        .http2_keep_alive_interval(Duration::from_millis(50))
+        .keep_alive_timeout(Duration::from_millis(200))
+        .keep_alive_permit_time(Duration::from_millis(50))
+        .keep_alive_while_idle(true)
+        .seed(seed(&frozen, &servers[1].address()))
+        .subset(1)
+        .addresses([servers[1].address(), frozen.clone()])
+        .connect_lazy();
+    settled(&channel, 1).await;
+    assert_eq!(used(&channel), BTreeSet::from([frozen]));
+    freeze.send_replace(true);
+    let frozen_at = Instant::now();
+    until("the other endpoint is used", || used(&channel).len() == 2).await;
+    // A dial that is not answered times out after 10 s.
+    let took = Instant::now().saturating_duration_since(frozen_at);
+    assert!(took < Duration::from_secs(7), "{took:?}");
+    ready(&channel, 1).await;
+    assert!(say(&channel).await.expect("an answer").ends_with("beta"));
+}
+
+#[tokio::test]
+async fn an_endpoint_whose_answers_are_not_grpc_is_replaced() {
+    let answer = |(_, mut respond): support::Accepted| {
+        let page = Response::builder().header("content-type", "text/html");
+        let _ = respond.send_response(page.body(()).expect("a response"), true);
+        async {}
+    };
+    let page = Raw::answering(|_| (), answer);
+    let server = Greeter::start("alpha");
+    let channel = builder()
+        .seed(seed(&page.address(), &server.address()))
+        .subset(1)
+        .addresses([server.address(), page.address()])
+        .connect_lazy();
+    settled(&channel, 1).await;
+    // Several answers in a row must be no gRPC before a quarantine begins.
+    let failing = async {
+        let mut error = None;
+        while used(&channel).len() == 1 {
+            error = say(&channel).await.err();
+        }
+        error
+    };
+    let error = in_time("another endpoint", failing).await;
+    assert!(error.is_some(), "the first answer is no gRPC");
+    ready(&channel, 2).await;
+    // The first endpoint may still get a call on probation.
+    let mut answered = 0;
+    for _ in 0..20 {
+        answered += usize::from(say(&channel).await.is_ok());
+    }
+    assert!(answered >= 10, "{answered}, {error:?}");
 }
 
 #[tokio::test]

@@ -10,7 +10,8 @@
 //! of gRFC A68. There are two kinds:
 //!
 //! - Ready endpoints that are no longer chosen. Each of them stays until a chosen endpoint is ready in its place.
-//! - Other endpoints, in place of chosen endpoints that have been failing for [`OVERDUE`], or at once if all chosen endpoints are failing.
+//! - Other endpoints, in place of chosen endpoints that have been failing for [`OVERDUE`], or at once if all chosen endpoints are hopeless. An
+//!   endpoint is hopeless while it is failing, and if it has lost its connection and has not got another one within [`RECONNECT`].
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -51,14 +52,44 @@ struct Usage {
     class: Class,
     /// The time since which the endpoint has been failing; `None` while it is ready or pending.
     failing_since: Option<Instant>,
+    /// Whether the endpoint has been ready. A first dial is given all the time that it needs.
+    was_ready: bool,
+    /// The time from which the endpoint is hopeless.
+    hopeless_at: Option<Instant>,
 }
 
 impl Usage {
     fn new(class: Class, now: Instant) -> Self {
+        let failing_since = (class == Class::Failing).then_some(now);
         Self {
             class,
-            failing_since: (class == Class::Failing).then_some(now),
+            failing_since,
+            was_ready: class == Class::Ready,
+            hopeless_at: failing_since,
         }
+    }
+
+    /// Returns what is known after the endpoint was given a class. `is_idle`: whether no connection is being dialled.
+    fn after(self, class: Class, is_idle: bool, now: Instant) -> Self {
+        let hopeless_at = match class {
+            Class::Ready => None,
+            Class::Failing => Some(self.hopeless_at.map_or(now, |at| at.min(now))),
+            // A server that is not needed may close its connection. That is no failure.
+            Class::Pending if is_idle => None,
+            Class::Pending if self.was_ready => self.hopeless_at.or(Some(now + RECONNECT)),
+            Class::Pending => self.hopeless_at,
+        };
+        let failing_since = (class == Class::Failing).then_some(now);
+        Self {
+            class,
+            failing_since: failing_since.map(|now| self.failing_since.unwrap_or(now)),
+            was_ready: self.was_ready || class == Class::Ready,
+            hopeless_at,
+        }
+    }
+
+    fn is_hopeless(&self, now: Instant) -> bool {
+        self.hopeless_at.is_some_and(|at| at <= now)
     }
 }
 
@@ -113,18 +144,23 @@ impl EndpointSubset {
         self.is_outdated |= self.listed.remove(&self.rank(address)).is_some();
     }
 
-    /// Handles the class of an endpoint that the driver has.
+    /// Handles the class of an endpoint that the driver has. `is_idle`: whether it has no connection and none is being dialled.
     pub(in crate::balance::driver) fn on_class(
         &mut self,
         address: &Address,
         class: Class,
+        is_idle: bool,
         now: Instant,
     ) {
-        if let Some(usage) = self.used.get_mut(address)
-            && usage.class != class
-        {
-            *usage = Usage::new(class, now);
+        let Some(usage) = self.used.get_mut(address) else {
+            return;
+        };
+        let before = std::mem::replace(usage, usage.after(class, is_idle, now));
+        if usage.class != before.class {
             self.update_at = Some(now);
+        } else if usage.hopeless_at != before.hopeless_at {
+            let at = usage.hopeless_at.unwrap_or(now);
+            self.update_at = Some(self.update_at.map_or(at, |earlier| earlier.min(at)));
         }
     }
 
@@ -192,9 +228,11 @@ impl EndpointSubset {
             }
         }
         self.reported.clear();
-        let failing = self.used.values().filter_map(|usage| usage.failing_since);
-        let overdue_at = failing.map(|since| since + OVERDUE);
-        self.update_at = overdue_at.filter(|at| *at > now).min();
+        let times = self.used.values().flat_map(|usage| {
+            let overdue_at = usage.failing_since.map(|since| since + OVERDUE);
+            [overdue_at, usage.hopeless_at]
+        });
+        self.update_at = times.flatten().filter(|at| *at > now).min();
         changes
     }
 
@@ -242,13 +280,15 @@ impl EndpointSubset {
     fn wanted(&self, now: Instant) -> BTreeSet<Address> {
         let mut wanted = self.chosen.clone();
         let class = |address: &Address| self.used.get(address).map(|usage| usage.class);
-        let is_hopeless = self
-            .chosen
-            .iter()
-            .all(|address| class(address) == Some(Class::Failing));
+        let is_hopeless = |address: &Address| {
+            let usage = self.used.get(address);
+            usage.is_some_and(|usage| usage.is_hopeless(now))
+        };
+        let all_hopeless = self.chosen.iter().all(is_hopeless);
         let is_overdue = |address: &Address| {
             let since = self.used.get(address).and_then(|usage| usage.failing_since);
-            since.is_some_and(|since| is_hopeless || since + OVERDUE <= now)
+            let is_overdue = since.is_some_and(|since| since + OVERDUE <= now);
+            is_overdue || (all_hopeless && is_hopeless(address))
         };
         let chosen = self.chosen.iter();
         let mut gaps = chosen
@@ -297,3 +337,6 @@ impl EndpointSubset {
 /// Time for which a chosen endpoint may fail before another endpoint is used in its place. A server that is restarted usually listens again
 /// within this time.
 pub(in crate::balance::driver) const OVERDUE: Duration = Duration::from_secs(10);
+/// Time within which an endpoint that has lost its connection should have another one. A dial that takes longer has probably lost its packets,
+/// and would otherwise keep calls waiting until it times out.
+pub(in crate::balance::driver) const RECONNECT: Duration = Duration::from_secs(1);

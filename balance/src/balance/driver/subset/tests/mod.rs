@@ -9,7 +9,7 @@ use tokio::time::Instant;
 use twox_hash::XxHash64;
 
 use super::EndpointSubset;
-use super::endpoint_subset::OVERDUE;
+use super::endpoint_subset::{OVERDUE, RECONNECT};
 use crate::address::Address;
 use crate::attributes::Attributes;
 use crate::balance::driver::subchannel_table::Class;
@@ -89,7 +89,7 @@ impl Driver {
     }
 
     fn set(&mut self, address: &Address, class: Class) {
-        self.subset.on_class(address, class, self.now);
+        self.subset.on_class(address, class, false, self.now);
     }
 
     fn after(&mut self, time: Duration) {
@@ -209,6 +209,48 @@ fn if_all_endpoints_fail_others_are_used_at_once_up_to_the_size() {
     }
     driver.update();
     assert_eq!(driver.used, set(&order[..5]));
+}
+
+#[test]
+fn if_all_endpoints_are_lost_others_are_used_soon_unless_no_call_needs_a_connection() {
+    let (mut driver, order) = five_of_twenty();
+    let now = driver.now;
+    for address in &order[..5] {
+        driver.subset.on_class(address, Class::Pending, true, now);
+    }
+    driver.update();
+    driver.after(RECONNECT * 60);
+    driver.update();
+    assert_eq!(driver.used, set(&order[..5]), "they are not needed");
+    for address in &order[..5] {
+        driver.set(address, Class::Pending);
+    }
+    driver.update();
+    assert_eq!(driver.used, set(&order[..5]));
+    assert_eq!(driver.subset.next(), Some(driver.now + RECONNECT));
+    driver.after(RECONNECT);
+    driver.update();
+    assert_eq!(driver.used, set(&order[..10]));
+    // An endpoint that has failed stays hopeless while it is dialled again.
+    driver.set(&order[0], Class::Failing);
+    driver.set(&order[0], Class::Pending);
+    driver.update();
+    assert_eq!(driver.used, set(&order[..10]));
+    for address in &order[..5] {
+        driver.set(address, Class::Ready);
+    }
+    driver.update();
+    assert_eq!(driver.used, set(&order[..5]));
+}
+
+#[test]
+fn the_first_dials_of_the_endpoints_may_take_longer() {
+    let listed = addresses(20);
+    let mut driver = Driver::new(subset(5), &listed);
+    driver.update();
+    driver.after(RECONNECT);
+    driver.update();
+    assert_eq!(driver.used.len(), 5);
 }
 
 #[test]
