@@ -35,21 +35,23 @@ pub(super) struct Gradient {
     bounds: Bounds,
     limit: f64,
     window: Window,
-    baseline: Option<Baseline>,
+    /// The latency without a queue.
+    baseline: Option<f64>,
+    /// When the latency was last compared with that without a queue: at the last window that was not loaded, or at the end of the last probe.
+    checked: Instant,
     /// The interval between probes. It grows from [`FIRST_PROBE`] to [`LAST_PROBE`] while the server is loaded, because a probe costs some
     /// goodput, and the mean of several probes is more accurate than each of them.
     probe_interval: Duration,
-    /// The limit at the end of the last probe.
+    /// The interval before a probe that begins because the limit has reached half of `probed_limit`. It grows while only such probes follow
+    /// each other, because latencies that vary widely reach that bound often.
+    urgent_interval: Duration,
+    /// When the last loaded window ended.
+    loaded: Instant,
+    /// The largest limit since the last probe with a result. Without a probe, the limit does not fall below half of it: a latency that has
+    /// another cause than a queue, such as a slow database, does not fall with the limit.
     probed_limit: f64,
     /// The current probe, if any.
     probe: Option<Probe>,
-}
-
-/// The latency without a queue.
-#[derive(Clone, Copy, Debug)]
-struct Baseline {
-    latency: f64,
-    measured: Instant,
 }
 
 /// A measurement of the baseline.
@@ -58,18 +60,26 @@ struct Probe {
     limit: f64,
     /// The latency at twice this limit. It is infinite if it is unknown.
     before: f64,
+    /// Whether it began because the limit could not fall without it.
+    is_urgent: bool,
+    /// The part of the calls that did not end by themselves before the probe, if those were too many. Otherwise, it is 0.
+    late_share: f64,
     expires: Instant,
 }
 
 impl Gradient {
     pub(super) fn new(bounds: Bounds, now: Instant) -> Self {
+        let limit = as_f64(INITIAL_LIMIT.clamp(bounds.min, bounds.max));
         Self {
             bounds,
-            limit: as_f64(INITIAL_LIMIT.clamp(bounds.min, bounds.max)),
+            limit,
             window: Window::new(0, now),
             baseline: None,
+            checked: now,
             probe_interval: FIRST_PROBE,
-            probed_limit: 0.0,
+            urgent_interval: FIRST_PROBE,
+            loaded: now,
+            probed_limit: limit,
             probe: None,
         }
     }
@@ -88,8 +98,7 @@ impl Gradient {
 
     /// Returns the latency without a queue, if it is known.
     pub(super) fn baseline(&self) -> Option<Duration> {
-        let baseline = self.baseline?;
-        Duration::try_from_secs_f64(baseline.latency).ok()
+        Duration::try_from_secs_f64(self.baseline?).ok()
     }
 
     #[cfg(test)]
@@ -143,8 +152,7 @@ impl Gradient {
     }
 
     fn is_late(&self, latency: f64) -> bool {
-        self.baseline
-            .is_none_or(|baseline| latency > baseline.latency)
+        self.baseline.is_none_or(|baseline| latency > baseline)
     }
 
     fn end_window(&mut self, measured: Measurement, now: Instant) {
@@ -157,121 +165,152 @@ impl Gradient {
         }
         if !is_loaded {
             // Fewer calls are in flight than the limit allows, so the latency does not depend on the limit.
-            self.probe_interval = FIRST_PROBE;
+            if now.saturating_duration_since(self.loaded) >= FIRST_PROBE {
+                self.probe_interval = FIRST_PROBE;
+                self.urgent_interval = FIRST_PROBE;
+            }
+            // Otherwise, a server without load would keep the limit of a short stall, and refuse the next burst of calls.
+            let initial = as_f64(INITIAL_LIMIT);
+            if self.limit < initial {
+                self.set_limit((self.limit * TOLERANCE + HEADROOM).min(initial));
+                self.probed_limit = self.probed_limit.max(self.limit);
+            }
             return;
         }
-        let Some(baseline) = self.baseline else {
-            // The deadlines of the calls are shorter than the queue.
-            self.set_limit(self.limit * MIN_GRADIENT);
-            return;
-        };
-        if is_first && measured.in_flight >= self.limit() {
+        self.loaded = now;
+        if is_first && !is_late && measured.in_flight >= self.limit() {
             // The server may have been overloaded since its start. Then the queue still grows, so its latency is not compared with the
             // latency at a lower limit.
-            self.begin_probe(f64::INFINITY, measured.latency, now);
+            self.begin_probe(&measured, f64::INFINITY, false, now);
             return;
         }
-        let gradient = TOLERANCE * baseline.latency / measured.latency;
-        if is_late {
-            self.set_limit(self.limit * gradient.clamp(MIN_GRADIENT, 1.0));
+        // Without a baseline, the deadlines of the calls are shorter than the queue.
+        let gradient = self.baseline.map_or(MIN_GRADIENT, |baseline| {
+            TOLERANCE * baseline / measured.latency
+        });
+        let next = if is_late {
+            self.limit * gradient.clamp(MIN_GRADIENT, 1.0)
         } else {
-            self.set_limit(self.limit * gradient.clamp(MIN_GRADIENT, TOLERANCE) + HEADROOM);
-        }
-        if self.limit < self.probed_limit / 2.0 {
-            // Either there is a queue, or the calls are slower than before without one.
-            self.probe_interval = FIRST_PROBE;
-        }
-        let age = now.saturating_duration_since(baseline.measured);
+            self.limit * gradient.clamp(MIN_GRADIENT, TOLERANCE) + HEADROOM
+        };
+        let lowest = self.probed_limit / 2.0;
+        self.set_limit(next.max(lowest));
+        self.probed_limit = self.probed_limit.max(self.limit);
+        // Either there is a queue, or the calls are slower than before without one.
+        let is_urgent = next < lowest;
+        let interval = if is_urgent {
+            self.probe_interval.min(self.urgent_interval)
+        } else {
+            self.probe_interval
+        };
+        let age = now.saturating_duration_since(self.checked);
         // A latency that does not reduce the limit needs no explanation by a probe, which might refuse calls of a server without overload.
-        if age >= self.probe_interval && (is_late || gradient < 1.0) {
+        if age >= interval && (is_late || gradient < 1.0) {
             let before = if is_late {
                 f64::INFINITY
             } else {
                 measured.latency
             };
-            self.begin_probe(before, measured.latency, now);
+            self.begin_probe(&measured, before, is_urgent, now);
         }
     }
 
     fn update_baseline(&mut self, measured: Measurement, is_loaded: bool, now: Instant) {
         match &mut self.baseline {
             None => {
-                self.baseline = Some(Baseline {
-                    latency: measured.latency,
-                    measured: now,
-                });
+                self.baseline = Some(measured.latency);
+                self.checked = now;
             }
             // At a low load there is no queue, so the baseline follows the latency in both directions.
             Some(baseline) if !is_loaded => {
-                baseline.latency += (measured.latency - baseline.latency) * FOLLOW;
-                baseline.measured = now;
+                *baseline += (measured.latency - *baseline) * FOLLOW;
+                self.checked = now;
             }
             // The smallest of many inaccurate latencies would be too small. So the weight is that of an accurate one.
-            Some(baseline) if measured.latency < baseline.latency => {
+            Some(baseline) if measured.latency < *baseline => {
                 let weight = (as_f64(measured.calls) / ACCURATE_CALLS).min(1.0);
-                baseline.latency += (measured.latency - baseline.latency) * weight;
+                *baseline += (measured.latency - *baseline) * weight;
             }
             Some(_) => {}
         }
     }
 
-    fn begin_probe(&mut self, before: f64, latency: f64, now: Instant) {
-        let latencies = Duration::try_from_secs_f64(latency.min(MAX_LATENCY) * PROBE_LATENCIES);
+    fn begin_probe(&mut self, measured: &Measurement, before: f64, is_urgent: bool, now: Instant) {
+        let latencies =
+            Duration::try_from_secs_f64(measured.latency.min(MAX_LATENCY) * PROBE_LATENCIES);
         self.probe = Some(Probe {
             limit: self.half(self.limit),
             before,
+            is_urgent,
+            late_share: if measured.is_lower_bound {
+                measured.late_share
+            } else {
+                0.0
+            },
             expires: now + PROBE_TIMEOUT + latencies.unwrap_or_default(),
         });
     }
 
     /// Ends the measurement at one limit of a probe.
     fn end_level(&mut self, probe: Probe, measured: Measurement, now: Instant) {
-        let has_queue = measured.is_lower_bound || measured.latency < probe.before * QUEUED;
+        let is_late = measured.is_lower_bound;
+        let has_queue = is_late || measured.latency < probe.before * QUEUED;
         let half = self.half(probe.limit);
+        if self.is_in_vain(probe, measured) {
+            // The calls are late for another reason than a queue, so a lower limit would only refuse calls.
+            self.set_limit(self.probed_limit);
+            self.end_probe(probe, now);
+            return;
+        }
         if has_queue && half < probe.limit {
-            let before = if measured.is_lower_bound {
-                f64::INFINITY
-            } else {
-                measured.latency
-            };
             self.probe = Some(Probe {
                 limit: half,
-                before,
+                before: if is_late {
+                    f64::INFINITY
+                } else {
+                    measured.latency
+                },
                 ..probe
             });
             return;
         }
         // At twice the limit of the probe, there was no queue, or a short one.
         self.set_limit(self.limit.min(probe.limit * 2.0));
-        self.end_probe(now);
-        if measured.is_lower_bound {
-            return;
-        }
+        self.probed_limit = self.limit;
+        self.end_probe(probe, now);
         let latency = measured.latency;
-        let known = self.baseline.map(|baseline| baseline.latency);
-        let latency = match known {
+        self.baseline = Some(match self.baseline {
             Some(known) if SIMILAR.contains(&(latency / known)) => f64::midpoint(known, latency),
             _ => latency,
-        };
-        self.baseline = Some(Baseline {
-            latency,
-            measured: now,
         });
     }
 
-    fn end_probe(&mut self, now: Instant) {
-        self.probe = None;
-        self.probe_interval = (self.probe_interval * PROBE_GROWTH).min(LAST_PROBE);
-        self.probed_limit = self.limit;
-        if let Some(baseline) = &mut self.baseline {
-            baseline.measured = now;
+    /// Returns whether a probe that began because calls were late has shown that a lower limit does not help.
+    fn is_in_vain(&self, probe: Probe, measured: Measurement) -> bool {
+        if measured.is_lower_bound {
+            return self.half(probe.limit) >= probe.limit;
         }
+        // With few calls, a part of them that is about a quarter is sometimes less by chance.
+        probe.late_share > 0.0 && measured.late_share > probe.late_share / 2.0
+    }
+
+    fn end_probe(&mut self, probe: Probe, now: Instant) {
+        self.probe = None;
+        self.urgent_interval = if probe.is_urgent {
+            (self.urgent_interval * PROBE_GROWTH).min(LAST_PROBE)
+        } else {
+            FIRST_PROBE
+        };
+        self.probe_interval = (self.probe_interval * PROBE_GROWTH).min(LAST_PROBE);
+        self.checked = now;
     }
 
     /// Ends a probe for which there are too few calls. Otherwise, a burst of calls after it could be refused although the server is idle.
     fn expire_probe(&mut self, now: Instant, accepted: usize) {
-        if self.probe.is_some_and(|probe| probe.expires <= now) {
-            self.end_probe(now);
+        if let Some(probe) = self.probe
+            && probe.expires <= now
+        {
+            self.end_probe(probe, now);
             self.window.restart(accepted, now);
         }
     }
@@ -289,7 +328,7 @@ impl Gradient {
     clippy::cast_precision_loss,
     reason = "numbers of calls are far below 2^52"
 )]
-fn as_f64(number: usize) -> f64 {
+pub(super) fn as_f64(number: usize) -> f64 {
     number as f64
 }
 

@@ -46,10 +46,15 @@ use super::gradient::{Bounds, End};
 /// - A window is the calls that are accepted in 100 ms, or in the time for 20 calls if that is longer, or for 1 000 calls if that is shorter.
 ///   When nine tenths of them have ended, the layer takes the latency that a quarter of them exceeds. Then the next window begins.
 /// - A window is *loaded* if at least half of the limit was in flight, or if a quarter of the calls did not end by themselves (such a window
-///   is *late*). A window that is not loaded does not change the limit.
+///   is *late*). A window that is not loaded raises a limit below 32 by one step, up to 32, and does not change it otherwise.
 /// - After a loaded window, the limit is multiplied by 1.25 times the ratio of the latency without a queue to the latency of the window, but
 ///   by 0.5 at least and by 1.25 at most. Then 0.75 is added. So a server with `n` workers gets a limit of about 1.25 `n` + 0.75. A late
 ///   window does not increase the limit, and halves it as long as the latency without a queue is unknown.
+/// - Only a measurement of the latency without a queue reduces the limit by more than half: a latency that has another cause than a queue,
+///   such as a slow database, does not fall with the limit. The measurement then follows, at the earliest 1 s after the last one, and ends
+///   at its first limit if the latency is the same there. While only such measurements follow each other, the time grows to 4 s, 16 s, 30 s.
+/// - If calls were late before the measurement, and at its end with a limit of `min` still are, or the part of the calls that is late is more
+///   than half of that before, the limit is not the cause. Then the limit returns to the value from which it fell.
 /// - The latency without a queue is that of the first window. After a window that is not loaded, it moves a quarter of the way to the latency
 ///   of the window. After a loaded window with a smaller latency, it moves by a thousandth of the way for each call of the window.
 /// - Under load, the latency without a queue is measured. For that, the limit is halved until 30 calls have been accepted and nine tenths of
@@ -58,7 +63,7 @@ use super::gradient::{Bounds, End};
 ///   previous value. Afterwards, the limit is at most twice the limit of the result. The measurement ends without a result after 1 s and 64
 ///   times the latency at its beginning.
 /// - The first measurement is after the first window if that reached the limit. Otherwise, it is at least 1 s after the last window that was
-///   not loaded. The next ones follow after 4 s, 16 s, and then every 30 s, or after 1 s if the limit has fallen by more than half. Each of
+///   not loaded. The next ones follow after 4 s, 16 s, and then every 30 s, or earlier if the limit would fall by more than half. Each of
 ///   them waits for a window that is late, or whose latency is more than 1.25 times the latency without a queue.
 ///
 /// # Where to add the layer

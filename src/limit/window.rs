@@ -2,6 +2,8 @@
 
 use tokio::time::Instant;
 
+use super::gradient::as_f64;
+
 /// A call that was accepted.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Accepted {
@@ -38,6 +40,8 @@ pub(super) struct Measurement {
     pub(super) latency: f64,
     /// Whether the latency is known to be at least `latency`, but not how long it is, because too many calls have not ended by themselves.
     pub(super) is_lower_bound: bool,
+    /// The part of the calls that have not ended by themselves.
+    pub(super) late_share: f64,
     pub(super) calls: usize,
     /// The largest number of calls in flight.
     pub(super) in_flight: usize,
@@ -124,9 +128,11 @@ impl Window {
         } else {
             now.saturating_duration_since(self.since).as_secs_f64()
         };
+        let late = self.overruns + missing;
         Some(Measurement {
             latency,
-            is_lower_bound: self.overruns + missing >= calls - rank,
+            is_lower_bound: late >= calls - rank,
+            late_share: as_f64(late) / as_f64(calls),
             calls,
             in_flight: self.in_flight,
         })

@@ -2,7 +2,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::simulation::{DEFAULT_BOUNDS, Distribution, Simulation};
+use super::simulation::{DEFAULT_BOUNDS, Distribution, Disturbance, Simulation};
 use crate::limit::gradient::{Bounds, End, Gradient};
 use crate::limit::window::{Accepted, Window};
 
@@ -152,6 +152,59 @@ fn a_server_whose_calls_all_exceed_their_deadline_recovers() {
             assert!(outcome.goodput >= 0.9);
             assert!(outcome.limit <= 6.0);
         }
+    }
+}
+
+/// A server that can serve all calls at once, but depends on others.
+fn disturbed(disturbance: Disturbance, deadline: Option<u64>, seconds: u64) -> Simulation {
+    Simulation {
+        loads: &[0.0002],
+        deadline,
+        disturbance,
+        seconds,
+        ..Simulation::overloaded(10_000, SERVICE)
+    }
+}
+
+#[test]
+fn a_slow_database_without_a_queue_does_not_reduce_the_limit_below_half() {
+    for factor in [3, 5, 20] {
+        for seed in 0..10 {
+            // 20 of 32 calls are in flight before, and then all of them.
+            let simulation = Simulation {
+                loads: &[0.002],
+                ..disturbed(Disturbance::Slower(factor), None, 40)
+            };
+            let outcome = simulation.run(DEFAULT_BOUNDS, seed);
+            assert!(outcome.smallest_limit >= 16);
+            assert!(outcome.limit >= 16.0);
+        }
+    }
+}
+
+#[test]
+fn a_quarter_of_the_calls_over_their_deadline_does_not_pin_the_limit() {
+    // Four or five calls are in flight.
+    for percent in [20, 25, 40, 100] {
+        for seed in 0..10 {
+            let simulation = disturbed(Disturbance::SlowShare(percent), Some(50_000), 60);
+            let outcome = simulation.run(DEFAULT_BOUNDS, seed);
+            // Of 9 000 calls, only the measurements of the latency without a queue refuse some.
+            assert!(outcome.refused_later <= 1_200);
+        }
+    }
+}
+
+#[test]
+fn after_a_stall_the_limit_returns_in_a_calm() {
+    for seed in 0..10 {
+        let simulation = Simulation {
+            loads: &[0.0004],
+            ..disturbed(Disturbance::Stall, None, 20)
+        };
+        let outcome = simulation.run(DEFAULT_BOUNDS, seed);
+        assert!(outcome.smallest_limit < 32);
+        assert!(outcome.limit >= 32.0);
     }
 }
 

@@ -37,7 +37,20 @@ pub(super) struct Simulation {
     pub(super) rejected: u64,
     /// The time after which a call is dropped.
     pub(super) deadline: Option<u64>,
+    pub(super) disturbance: Disturbance,
     pub(super) seconds: u64,
+}
+
+/// Calls that are slow without a queue, for example because of a slow database. They begin in the sixth second.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Disturbance {
+    None,
+    /// All calls take this number of times as long.
+    Slower(u64),
+    /// This percentage of the calls takes ten times as long.
+    SlowShare(u64),
+    /// All calls take ten times as long for one and a half seconds.
+    Stall,
 }
 
 /// The outcome after the first quarter of the time.
@@ -52,6 +65,8 @@ pub(super) struct Outcome {
     pub(super) refused_later: usize,
     /// The limit that the calls of the last second see.
     pub(super) limit: f64,
+    /// The smallest limit that is not that of a probe.
+    pub(super) smallest_limit: usize,
     /// The seconds in which the controller begins to measure the baseline.
     pub(super) probes: Vec<u64>,
 }
@@ -72,6 +87,7 @@ struct Run {
     endings: BinaryHeap<Reverse<Ending>>,
     latencies: Vec<u64>,
     limits: Vec<usize>,
+    smallest_limit: usize,
     is_probing: bool,
     probes: Vec<u64>,
     refused: usize,
@@ -88,6 +104,7 @@ impl Simulation {
             loads: &[2.0],
             rejected: 0,
             deadline: None,
+            disturbance: Disturbance::None,
             seconds: 60,
         }
     }
@@ -108,6 +125,7 @@ impl Simulation {
             endings: BinaryHeap::new(),
             latencies: Vec::new(),
             limits: Vec::new(),
+            smallest_limit: usize::MAX,
             is_probing: false,
             probes: Vec::new(),
             refused: 0,
@@ -148,6 +166,9 @@ impl Run {
 
     fn arrive(&mut self, now: u64, warm: u64) {
         let limit = self.gradient.limit();
+        if !self.gradient.is_probing() {
+            self.smallest_limit = self.smallest_limit.min(limit);
+        }
         if now + 1_000_000 >= self.simulation.seconds * 1_000_000 {
             self.limits.push(limit);
         }
@@ -177,9 +198,8 @@ impl Run {
 
     fn serve(&mut self, number: usize, now: u64) {
         self.busy += 1;
-        let end = now + self.service();
-        let deadline = self.simulation.deadline;
-        let deadline = deadline.map_or(u64::MAX, |deadline| self.arrivals[number] + deadline);
+        let end = now + self.disturbed(now);
+        let deadline = self.arrivals[number] + self.deadline();
         let ending = (
             end.min(deadline).max(now),
             number,
@@ -189,12 +209,31 @@ impl Run {
         self.endings.push(Reverse(ending));
     }
 
+    /// Returns the time for which a worker serves the next call.
+    fn disturbed(&mut self, now: u64) -> u64 {
+        let service = self.service();
+        match self.simulation.disturbance {
+            Disturbance::Slower(factor) if now > 5_000_000 => service * factor,
+            Disturbance::SlowShare(percent)
+                if now > 5_000_000 && self.random.u64(0..100) < percent =>
+            {
+                service * 10
+            }
+            Disturbance::Stall if (5_000_000..6_500_000).contains(&now) => service * 10,
+            _ => service,
+        }
+    }
+
+    /// Returns the time after which a call is dropped.
+    fn deadline(&self) -> u64 {
+        self.simulation.deadline.unwrap_or(u64::MAX / 2)
+    }
+
     fn end(&mut self, (now, number, arrival, had_worker): Ending, warm: u64) {
         let latency = now - arrival;
-        let deadline = self.simulation.deadline.unwrap_or(u64::MAX);
         let end = if !had_worker {
             End::Unsampled
-        } else if latency >= deadline {
+        } else if latency >= self.deadline() {
             End::Overrun
         } else {
             End::Success
@@ -209,6 +248,7 @@ impl Run {
         self.busy -= 1;
         while let Some(next) = self.queue.pop_front() {
             // The deadline of a call that waits passes while it waits. It is dropped when a worker would take it.
+            let deadline = self.deadline();
             if now - self.arrivals[next] >= deadline {
                 self.finish(next, End::Overrun, self.arrivals[next] + deadline);
             } else {
@@ -240,6 +280,7 @@ impl Run {
             refused: self.refused,
             refused_later: self.refused_later,
             limit: as_f64(self.limits.iter().sum::<usize>()) / as_f64(self.limits.len()),
+            smallest_limit: self.smallest_limit,
             probes: self.probes.clone(),
         }
     }
