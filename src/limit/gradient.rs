@@ -123,6 +123,10 @@ impl Gradient {
             }
         }
         if self.window.is_complete(accepted, self.limit()) {
+            if self.baseline.is_none() {
+                // Otherwise, calls that clients drop early, for example because of hedging, would prevent the first baseline.
+                self.window.skip_early_overruns();
+            }
             let measured = self.window.measure(now);
             self.window.restart(accepted, now);
             match (measured, self.probe) {

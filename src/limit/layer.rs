@@ -38,7 +38,8 @@ use super::gradient::{Bounds, End};
 ///   time begins with the last frame. A call whose handler has waited more than twice has no latency, because it is a stream.
 /// - A call that fails before it sends a message has no latency, because a rejection may be much faster than the work that it avoids.
 /// - A call that is dropped because its client cancels it or its deadline passes, and a call that fails with `CANCELLED` or
-///   `DEADLINE_EXCEEDED`, counts with its latency so far if that is more than the latency without a queue.
+///   `DEADLINE_EXCEEDED`, counts with its latency so far if that is more than the latency without a queue. As long as that is unknown, the calls of the same
+///   window that succeed take its place.
 ///
 /// # The limit
 ///

@@ -26,10 +26,10 @@ pub(super) struct Window {
     size: Option<usize>,
     pub(super) since: Instant,
     latencies: Vec<f64>,
+    /// The latencies that would have been longer if the calls had not been dropped.
+    overruns: Vec<f64>,
     /// The calls of the window that ended without a latency.
     unsampled: usize,
-    /// The latencies that would have been longer if the calls had not been dropped.
-    overruns: usize,
     in_flight: usize,
 }
 
@@ -55,8 +55,8 @@ impl Window {
             size: None,
             since,
             latencies: Vec::new(),
+            overruns: Vec::new(),
             unsampled: 0,
-            overruns: 0,
             in_flight: 0,
         }
     }
@@ -65,8 +65,11 @@ impl Window {
     pub(super) fn restart(&mut self, accepted: usize, now: Instant) {
         let mut latencies = std::mem::take(&mut self.latencies);
         latencies.clear();
+        let mut overruns = std::mem::take(&mut self.overruns);
+        overruns.clear();
         *self = Self::new(accepted, now);
         self.latencies = latencies;
+        self.overruns = overruns;
     }
 
     /// Returns whether a call belongs to the window. `accepted` is the number of calls accepted so far.
@@ -78,8 +81,11 @@ impl Window {
 
     /// Records the latency of a call that belongs to the window.
     pub(super) fn record(&mut self, call: &Accepted, latency: f64, is_overrun: bool) {
-        self.latencies.push(latency);
-        self.overruns += usize::from(is_overrun);
+        if is_overrun {
+            self.overruns.push(latency);
+        } else {
+            self.latencies.push(latency);
+        }
         self.in_flight = self.in_flight.max(call.in_flight);
     }
 
@@ -108,10 +114,21 @@ impl Window {
         };
         let calls = size.saturating_sub(self.unsampled);
         // The percentile is known without the slowest calls.
-        let is_nearly_ended = self.latencies.len() * 10 >= calls * 9;
+        let is_nearly_ended = (self.latencies.len() + self.overruns.len()) * 10 >= calls * 9;
         // So many calls have been accepted later that the missing calls are much slower than others, or never end.
         let is_overtaken = self.accepted(accepted) >= 2 * size + limit;
         is_nearly_ended || is_overtaken
+    }
+
+    /// Removes the calls that were dropped earlier than three quarters of the others succeeded. Such calls are not late.
+    pub(super) fn skip_early_overruns(&mut self) {
+        let rank = self.latencies.len() * 3 / 4;
+        if rank < self.latencies.len() {
+            let (_, latency, _) = self.latencies.select_nth_unstable_by(rank, f64::total_cmp);
+            let (latency, overruns) = (*latency, self.overruns.len());
+            self.overruns.retain(|overrun| *overrun >= latency);
+            self.unsampled += overruns - self.overruns.len();
+        }
     }
 
     /// Returns the result of a closed window, if any call has a latency. Calls that have not ended count as slower than all others.
@@ -121,6 +138,8 @@ impl Window {
             return None;
         }
         let rank = calls * 3 / 4;
+        let overruns = self.overruns.len();
+        self.latencies.append(&mut self.overruns);
         let missing = calls.saturating_sub(self.latencies.len());
         let latency = if rank < self.latencies.len() {
             let (_, latency, _) = self.latencies.select_nth_unstable_by(rank, f64::total_cmp);
@@ -128,7 +147,7 @@ impl Window {
         } else {
             now.saturating_duration_since(self.since).as_secs_f64()
         };
-        let late = self.overruns + missing;
+        let late = overruns + missing;
         Some(Measurement {
             latency,
             is_lower_bound: late >= calls - rank,

@@ -196,6 +196,18 @@ fn a_quarter_of_the_calls_over_their_deadline_does_not_pin_the_limit() {
 }
 
 #[test]
+fn early_drops_do_not_keep_the_limit_at_one() {
+    for percent in [40, 50, 60, 80] {
+        for seed in 0..10 {
+            let simulation = disturbed(Disturbance::EarlyDrops(percent), None, 20);
+            let outcome = simulation.run(DEFAULT_BOUNDS, seed);
+            assert_eq!(outcome.refused, 0);
+            assert!(outcome.limit >= 32.0);
+        }
+    }
+}
+
+#[test]
 fn after_a_stall_the_limit_returns_in_a_calm() {
     for seed in 0..10 {
         let simulation = Simulation {

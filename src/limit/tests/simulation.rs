@@ -51,6 +51,8 @@ pub(super) enum Disturbance {
     SlowShare(u64),
     /// All calls take ten times as long for one and a half seconds.
     Stall,
+    /// From the start, this percentage of the calls is dropped after a fifth of the service time.
+    EarlyDrops(usize),
 }
 
 /// The outcome after the first quarter of the time.
@@ -199,7 +201,7 @@ impl Run {
     fn serve(&mut self, number: usize, now: u64) {
         self.busy += 1;
         let end = now + self.disturbed(now);
-        let deadline = self.arrivals[number] + self.deadline();
+        let deadline = self.arrivals[number] + self.deadline(number);
         let ending = (
             end.min(deadline).max(now),
             number,
@@ -225,15 +227,21 @@ impl Run {
     }
 
     /// Returns the time after which a call is dropped.
-    fn deadline(&self) -> u64 {
-        self.simulation.deadline.unwrap_or(u64::MAX / 2)
+    fn deadline(&self, number: usize) -> u64 {
+        match self.simulation.disturbance {
+            // 61 has no common factor with 100, so the calls are spread evenly.
+            Disturbance::EarlyDrops(percent) if number * 61 % 100 < percent => {
+                self.simulation.service / 5
+            }
+            _ => self.simulation.deadline.unwrap_or(u64::MAX / 2),
+        }
     }
 
     fn end(&mut self, (now, number, arrival, had_worker): Ending, warm: u64) {
         let latency = now - arrival;
         let end = if !had_worker {
             End::Unsampled
-        } else if latency >= self.deadline() {
+        } else if latency >= self.deadline(number) {
             End::Overrun
         } else {
             End::Success
@@ -248,7 +256,7 @@ impl Run {
         self.busy -= 1;
         while let Some(next) = self.queue.pop_front() {
             // The deadline of a call that waits passes while it waits. It is dropped when a worker would take it.
-            let deadline = self.deadline();
+            let deadline = self.deadline(next);
             if now - self.arrivals[next] >= deadline {
                 self.finish(next, End::Overrun, self.arrivals[next] + deadline);
             } else {
