@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::window::{Accepted, Measurement, Window};
+use super::window::{Accepted, Measurement, Window, as_f64};
 
 /// The limits between which the controller may choose.
 #[derive(Clone, Copy, Debug)]
@@ -326,14 +326,6 @@ impl Gradient {
     fn half(&self, limit: f64) -> f64 {
         (limit / 2.0).max(as_f64(self.bounds.min))
     }
-}
-
-#[expect(
-    clippy::cast_precision_loss,
-    reason = "numbers of calls are far below 2^52"
-)]
-pub(super) fn as_f64(number: usize) -> f64 {
-    number as f64
 }
 
 /// The limit of a server that has just started. A smaller value would refuse calls of a server that is not loaded.

@@ -2,8 +2,6 @@
 
 use tokio::time::Instant;
 
-use super::gradient::as_f64;
-
 /// A call that was accepted.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Accepted {
@@ -161,4 +159,12 @@ impl Window {
     fn accepted(&self, accepted: usize) -> usize {
         accepted.wrapping_sub(self.first)
     }
+}
+
+#[expect(
+    clippy::cast_precision_loss,
+    reason = "numbers of calls are far below 2^52"
+)]
+pub(super) fn as_f64(number: usize) -> f64 {
+    number as f64
 }
