@@ -160,17 +160,11 @@ greet!(BalancedChannel);
 async fn calls(client: impl Greet, callers: Callers) -> Vec<Option<Duration>> {
     let begin = Instant::now();
     let (from, until) = (begin + TIME, begin + 2 * TIME);
-    let one = |mut client| async move {
-        let start = Instant::now();
-        let outcome = Greet::greet(&mut client).await;
-        let took = Instant::now().saturating_duration_since(start);
-        (start >= from).then(|| outcome.ok().map(|()| took))
-    };
     let mut measured = Vec::new();
     match callers {
         Callers::Closed => {
             while Instant::now() < until {
-                measured.extend(one(client.clone()).await);
+                measured.extend(one(client.clone(), from).await);
             }
         }
         Callers::EachAfter(period) => {
@@ -178,7 +172,7 @@ async fn calls(client: impl Greet, callers: Callers) -> Vec<Option<Duration>> {
             let mut due = begin + period.mul_f64(fastrand::f64());
             while due < until {
                 sleep_until(due).await;
-                tasks.push(tokio::spawn(one(client.clone())));
+                tasks.push(tokio::spawn(one(client.clone(), from)));
                 due += period.mul_f64(2.0 * fastrand::f64());
             }
             sleep(Duration::from_secs(1)).await;
@@ -188,4 +182,12 @@ async fn calls(client: impl Greet, callers: Callers) -> Vec<Option<Duration>> {
         }
     }
     measured
+}
+
+/// Makes one call. Returns its latency, or `None` if it has failed; nothing for a call that started before `from`.
+async fn one(mut client: impl Greet, from: Instant) -> Option<Option<Duration>> {
+    let start = Instant::now();
+    let outcome = client.greet().await;
+    let took = Instant::now().saturating_duration_since(start);
+    (start >= from).then(|| outcome.ok().map(|()| took))
 }
