@@ -584,7 +584,7 @@ mod tests {
 
     /// Prints the time that the computation of the owners takes: `cargo test --release -- --ignored --nocapture owners_take`.
     #[test]
-    #[ignore = "a measurement"]
+    #[ignore = "it measures, and asserts nothing"]
     fn owners_take_a_few_milliseconds() {
         for count in [2, 10, 100, 1_000, 10_000] {
             let mut all = names(count);

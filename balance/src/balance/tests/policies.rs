@@ -9,10 +9,10 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use super::simulation::Connection;
 use crate::balance::estimate::Ticks;
 use crate::balance::latencies::Latencies;
-use crate::balance::load::LoadHandle;
-use crate::balance::picker::{Candidate, LbPolicy, Pick, Picker, SCAN_LIMIT};
+use crate::balance::picker::{LbPolicy, Pick, Picker, SCAN_LIMIT};
 use crate::balance::ready_set::{ReadySet, ReadySetBuilder};
 
 /// What is wrong with the servers.
@@ -26,7 +26,7 @@ enum Fault {
     Flapping,
     /// In each second, each server takes ten times as long with a probability of one tenth.
     Antagonist,
-    /// Every second server has half of the workers. No weight says so.
+    /// Every second server has half of the workers. The weights of the servers are equal.
     HalfCapacity,
     /// One server fails every call at once.
     Fails,
@@ -84,26 +84,6 @@ impl Outcome {
         let last = self.latencies.len().saturating_sub(1);
         let index = ((self.latencies.len() as f64 * share) as usize).min(last);
         self.latencies.get(index).copied().unwrap_or_default() as f64 / 1_000.0
-    }
-}
-
-#[derive(Clone, Debug)]
-struct Connection {
-    server: usize,
-    load: LoadHandle,
-}
-
-impl Candidate for Connection {
-    fn latency(&self) -> f32 {
-        self.load.latency()
-    }
-
-    fn in_flight(&self) -> u32 {
-        self.load.in_flight()
-    }
-
-    fn acquire(&self) -> bool {
-        self.load.acquire()
     }
 }
 

@@ -44,9 +44,9 @@ pub(super) const EQUAL: Server = Server {
 };
 
 #[derive(Clone, Debug)]
-struct Connection {
-    server: usize,
-    load: LoadHandle,
+pub(super) struct Connection {
+    pub(super) server: usize,
+    pub(super) load: LoadHandle,
 }
 
 impl Candidate for Connection {
