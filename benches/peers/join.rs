@@ -53,6 +53,7 @@ pub async fn run(programs: &Programs, name: &str, load: Load) {
     let servers = ServerProcess::start_many(&[0; 3]);
     let world = World::start(programs, &ServerProcess::addresses(&servers)).await;
     let mut peers = Peer::all(&world);
+    peers.retain(|peer| peer.resolves());
     peers.insert(1, Peer::Channel("weighted_round_robin"));
     let mut joins: Vec<Vec<Join>> = peers.iter().map(|_| Vec::new()).collect();
     let mut order: Vec<_> = (0..peers.len()).collect();

@@ -22,6 +22,8 @@
     reason = "this is a benchmark, and a failed step ends it with a panic"
 )]
 
+#[path = "../load/bare_h2.rs"]
+mod bare_h2;
 mod callers;
 mod client;
 #[path = "../../examples/greeter/mod.rs"]
@@ -162,7 +164,9 @@ async fn kills(programs: &Programs) {
     };
     // The policies of grpc-go do not differ in what a kill costs, so one of them is sufficient.
     let mut peers = Peer::all(&world);
-    peers.retain(|peer| !matches!(peer, Peer::GrpcGo(policy) if *policy != "round_robin"));
+    peers.retain(|peer| {
+        peer.resolves() && !matches!(peer, Peer::GrpcGo(policy) if *policy != "round_robin")
+    });
     let mut samples: Vec<Vec<Sample>> = peers.iter().map(|_| Vec::new()).collect();
     let mut order: Vec<_> = (0..peers.len()).collect();
     for _ in 0..KILL_ROUNDS {

@@ -43,6 +43,10 @@ pub enum Peer {
     Channel(&'static str),
     GrpcGo(&'static str),
     TonicXds,
+    /// tonic's own balanced channel, which gets the addresses at its start.
+    StockTonic,
+    /// Two random choices over bare `h2` connections, which get the addresses at their start: the lower bound of the CPU per call.
+    BareH2,
 }
 
 impl Peer {
@@ -57,7 +61,13 @@ impl Peer {
         if world.plane().is_some() {
             peers.push(Self::TonicXds);
         }
+        peers.extend([Self::StockTonic, Self::BareH2]);
         peers
+    }
+
+    /// Returns whether the client finds new servers, and connects again to servers that were restarted.
+    pub fn resolves(self) -> bool {
+        !matches!(self, Self::StockTonic | Self::BareH2)
     }
 
     pub fn name(self) -> String {
@@ -66,6 +76,8 @@ impl Peer {
             Self::Channel(policy) => format!("`BalancedChannel`, `{policy}`"),
             Self::GrpcGo(policy) => format!("grpc-go, `{policy}`"),
             Self::TonicXds => "tonic-xds".to_owned(),
+            Self::StockTonic => "stock tonic".to_owned(),
+            Self::BareH2 => "P2C over bare h2".to_owned(),
         }
     }
 
@@ -74,6 +86,8 @@ impl Peer {
         let this = std::env::current_exe().unwrap();
         let (program, mode, target, policy): (&Path, &[&str], _, _) = match self {
             Self::Channel(policy) => (&this, &["client"], world.etcd(), policy),
+            Self::StockTonic => (&this, &["client"], world.etcd(), "stock"),
+            Self::BareH2 => (&this, &["client"], world.etcd(), "bare_h2"),
             Self::GrpcGo(policy) => (&world.programs.go, &["client"], world.etcd(), policy),
             Self::TonicXds => {
                 let program = world.programs.tonic_xds.as_ref().unwrap();
