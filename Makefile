@@ -14,7 +14,7 @@ REST := $(filter-out $(WAITING) api operate peers,$(FILES))
 # As in Cargo.toml.
 MSRV := 1.88.0
 # Each set of features is built and documented by itself.
-FEATURE_SETS := none tls health orca serde testing tls,health tls,testing health,testing
+FEATURE_SETS := none tls health orca serde dns-srv testing tls,health tls,testing health,testing
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo lint features api minimal-versions msrv test test-newest interop operate soak bench bench-peers bench-policies instructions fleet pictures fmt clean
@@ -53,6 +53,7 @@ features: setup ## Check each feature alone, and in pairs, with its docs
 	$(CARGO) clippy --locked --quiet --lib -p tonic-balance --no-default-features -- -D warnings
 	$(CARGO) clippy --locked --quiet --lib -p tonic-balance --no-default-features --features service-config -- -D warnings
 	$(CARGO) clippy --locked --quiet --lib -p tonic-balance --no-default-features --features orca -- -D warnings
+	$(CARGO) clippy --locked --quiet --lib -p tonic-balance --no-default-features --features dns-srv -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --quiet --no-deps -p tonic-balance --no-default-features
 
 api: setup ## Compare the public interface with the list in docs/api; API_UPDATE=1 writes the list
@@ -85,7 +86,7 @@ test-newest: ## Run the tests that depend on etcd with the newest one, which Go 
 		ETCD_BIN=$$etcd $(CARGO) test --locked --all-features --test resolver quiet
 
 # Installs and builds them once, which takes minutes. Two tests at once: most of them wait for the other side.
-interop: setup ## Run the tests with real servers and proxies (grpc-go, grpc-java, grpcio, grpc-js, nginx, haproxy, Caddy)
+interop: setup ## Run the tests with real servers and proxies (grpc-go, grpc-java, grpcio, grpc-js, nginx, haproxy, Caddy, dnsmasq)
 	scripts/setup-interop
 	$(CARGO) build --locked -p tonic-etcd-cli
 	RUST_TEST_THREADS=2 $(CARGO) test --locked --all-features --test peers

@@ -77,6 +77,7 @@
 //! - `health`: the gRPC health service of a registered server, `RegistrationBuilder::health`;
 //! - `orca`: the load reports of a server, in the module `orca`;
 //! - `serde`: the status of a channel as JSON;
+//! - `dns-srv`: endpoints from SRV records in the DNS, `channel::DnsSrv`;
 //! - `testing`: a real etcd for tests, in the module `testing` (Unix only).
 //!
 //! # Requirements
@@ -90,6 +91,8 @@ mod backoff;
 pub mod channel {
     #[doc(inline)]
     pub use crate::registry::channel_status::{BalancedChannelExt, ChannelStatus, EndpointReport};
+    #[cfg(feature = "dns-srv")]
+    pub use tonic_balance::channel::DnsSrv;
     pub use tonic_balance::channel::{
         Addresses, Attributes, ChannelBuilder, Discover, Dns, EjectionReason, EndpointSource,
         EndpointState, EndpointStatus, Endpoints, FailurePercentageEjection, HashKey,

@@ -59,6 +59,7 @@ const PACKAGES: &[Package] = &[
             "balance/peer_index",
             "balance/server_load",
             "balance/zone",
+            "channel/dns/srv_records",
             "orca/cpu",
             "orca/traffic",
         ],

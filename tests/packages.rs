@@ -43,6 +43,7 @@ fn disabled_features_add_no_dependency() {
     let names = dependencies("tonic-etcd", &["--no-default-features"]);
     for (feature, dependency) in [
         ("tls", "rustls"),
+        ("dns-srv", "domain"),
         ("health", "tonic-health"),
         ("testing", "nix"),
     ] {

@@ -9,6 +9,7 @@
 mod support;
 
 use std::collections::HashMap;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -354,6 +355,88 @@ async fn a_service_config_survives_an_outage_of_etcd_and_follows_a_change_after_
         scene.attempts(&channel).await == 1
     })
     .await;
+}
+
+/// Returns a channel of a program that starts now and has a cache.
+fn starts_with_cache(scene: &Scene, folder: &Path) -> BalancedChannel {
+    let registry = Registry::builder(scene.world.etcd.endpoints());
+    let registry = registry.connect_lazy().unwrap();
+    let channel = registry.channel("greeter").map_source(|resolver| {
+        resolver
+            .watch_service_config(PREFIX)
+            .cache_dir(folder.to_owned())
+    });
+    channel.connect_lazy()
+}
+
+/// The cache file of the service config is the only one whose name ends with `.config.json`.
+fn config_file(folder: &Path) -> Option<PathBuf> {
+    let files = std::fs::read_dir(folder).ok()?;
+    let mut paths = files.map(|file| file.unwrap().path());
+    paths.find(|path| path.to_string_lossy().ends_with(".config.json"))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_start_without_etcd_uses_the_cached_service_config_until_etcd_answers() {
+    let mut scene = Scene::new().await;
+    let folder = tempfile::tempdir().unwrap();
+    let revision = scene.put(CONFIG).await;
+    let first = starts_with_cache(&scene, folder.path());
+    applies(&first, Some(revision)).await;
+    eventually("the caches are written", async || {
+        config_file(folder.path()).is_some() && std::fs::read_dir(&folder).unwrap().count() == 2
+    })
+    .await;
+    drop(first);
+
+    // Without etcd, the timeout, the retries and the policy of the cache are in force.
+    scene.world.etcd.kill(0).await.unwrap();
+    let offline = starts_with_cache(&scene, folder.path());
+    applies(&offline, Some(revision)).await;
+    assert!(status(&offline).stale);
+    assert!(has_timeout(&offline).await);
+    assert_eq!(scene.attempts(&offline).await, 3);
+    all_ready(&offline, 2).await;
+    assert!(takes_turns(&offline).await);
+
+    // etcd still has the same value.
+    scene.world.etcd.restart(0).await.unwrap();
+    eventually("etcd reports the value", async || !status(&offline).stale).await;
+    assert_eq!(status(&offline).revision.map(Revision::get), Some(revision));
+    assert!(has_timeout(&offline).await);
+    drop(offline);
+
+    // The key is deleted while no program with the cache runs.
+    let file = config_file(folder.path()).unwrap();
+    let good = std::fs::read(&file).unwrap();
+    eventually("the key is deleted", async || {
+        scene.etcd.kv_client().delete(KEY, None).await.is_ok()
+    })
+    .await;
+    scene.world.etcd.kill(0).await.unwrap();
+    let outdated = starts_with_cache(&scene, folder.path());
+    applies(&outdated, Some(revision)).await;
+    assert!(status(&outdated).stale);
+    scene.world.etcd.restart(0).await.unwrap();
+    applies(&outdated, None).await;
+    assert!(!status(&outdated).stale);
+    eventually("the options of the program apply", async || {
+        scene.attempts(&outdated).await == 1
+    })
+    .await;
+    eventually("the file is removed", async || {
+        config_file(folder.path()).is_none()
+    })
+    .await;
+    drop(outdated);
+
+    // A damaged file is ignored, and the instances of the other file are used.
+    scene.world.etcd.kill(0).await.unwrap();
+    std::fs::write(&file, &good[..good.len() / 2]).unwrap();
+    let damaged = starts_with_cache(&scene, folder.path());
+    all_ready(&damaged, 2).await;
+    assert_eq!(scene.attempts(&damaged).await, 1);
+    assert_eq!(status(&damaged).config, None);
 }
 
 /// The roles of earlier versions have no permission for the control prefix.

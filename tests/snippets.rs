@@ -215,6 +215,17 @@ async fn migration_9(registry: Registry) -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
+#[cfg(feature = "dns-srv")]
+async fn migration_10(registry: Registry) -> Result<(), Box<dyn Error>> {
+    use tonic_balance::BalancedChannel;
+    use tonic_balance::channel::DnsSrv;
+
+    let dns = DnsSrv::new("_grpc._tcp.greeter.default.svc.cluster.local");
+    let channel = BalancedChannel::builder().source(dns).connect().await?;
+    let mut client = GreeterClient::new(channel);
+    Ok(())
+}
+
 async fn options_1(registry: Registry) -> Result<(), Box<dyn Error>> {
     use tonic::Code;
     use tonic_etcd::RetryPolicy;

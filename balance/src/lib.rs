@@ -30,6 +30,7 @@
 //! - `orca`: the load reports of a server, in the module `orca`. Channels read load reports without this feature.
 //! - `service-config`: parses gRPC's service config from JSON, for `ChannelBuilder::service_config`.
 //! - `serde`: the status of an endpoint as JSON;
+//! - `dns-srv`: endpoints from SRV records in the DNS, `channel::DnsSrv`.
 //! - `tls`: TLS to endpoints, with rustls.
 #![cfg_attr(docsrs, feature(doc_cfg))]
 

@@ -1,12 +1,14 @@
-//! Limits how many requests the resolvers of a registry send at the same time.
+//! Limits how many requests the resolvers of a registry, and its watches on single keys, send at the same time.
 
 use std::time::Duration;
 
 use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio::time::timeout;
 
-/// The concurrency limit of a registry: a resolver acquires a permit before it lists keys, opens a watch or
-/// checks a key. Reconciliations need no limit: they are spread over minutes.
+/// The concurrency limit of a registry. A resolver acquires a permit before it lists keys, opens a watch or checks a key. A
+/// [`KeyWatch`](super::KeyWatch) acquires one before it opens a watch, and holds it until all watchers are created. The reads of a service
+/// config or of control keys acquire one as well. Reconciliations need no limit: they are spread over minutes. Neither do the requests of a
+/// registration for its lease and its own keys: they are few, and must not wait for those of the resolvers.
 ///
 /// If 1 000 resolvers start at once and all of them send their requests at once, the memory of these requests is 20 kB for each resolver
 /// (measured), and the allocator keeps it afterwards. With the limit, it is 2 kB, and the resolvers take 0.1 s longer to start.

@@ -20,7 +20,7 @@ pub(crate) struct KeyWatch {
     /// The task that opens a watch. A task is needed, because the future of [`KeyWatch::next`] is dropped at each renewal of the lease. An
     /// attempt inside `next` would start again at each renewal, and with a short TTL it might never finish. During a renewal, such an
     /// attempt would not be polled, but could hold the lock of the auth token. The renewal could then wait for this lock.
-    opening: JoinSet<Result<Watch, EtcdError>>,
+    opening: JoinSet<Opening>,
     /// The time at which the open watch was opened.
     since: Option<Instant>,
     backoff: Backoff,
@@ -31,6 +31,9 @@ pub(crate) struct KeyWatch {
     /// Number of consecutive rejections: the token is invalid, the permission is denied, or credentials are missing.
     refusals: u32,
 }
+
+/// The result of an attempt to open a watch, and the auth token of the attempt.
+type Opening = (Option<Token>, Result<Watch, EtcdError>);
 
 /// An event of a [`KeyWatch`].
 pub(crate) enum News {
@@ -114,12 +117,19 @@ impl KeyWatch {
         if self.opening.is_empty() {
             self.wait_and_renew_token(etcd).await?;
             let (etcd, keys) = (etcd.clone(), keys.to_vec());
-            self.token = etcd.token();
-            let opening = async move { etcd.watch_each(&keys).await };
+            let opening = async move {
+                let _permit = etcd.acquire_permit().await;
+                // Another task may replace the token during the wait for the permit.
+                let token = etcd.token();
+                (token, etcd.watch_each(&keys).await)
+            };
             self.opening.spawn(opening.in_current_span());
         }
         match self.opening.join_next().await {
-            Some(Ok(opened)) => self.open = Some(opened?),
+            Some(Ok((token, opened))) => {
+                self.token = token;
+                self.open = Some(opened?);
+            }
             Some(Err(error)) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
             // The task is cancelled only by a runtime that shuts down. The runtime then also drops this future.
             _ => std::future::pending().await,

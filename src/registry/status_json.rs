@@ -47,12 +47,14 @@ impl Serialize for ServiceConfigStatus {
         struct Fields<'a> {
             key: &'a str,
             revision: Option<i64>,
+            stale: bool,
             last_error: Option<&'a str>,
             rejected: u64,
         }
         let fields = Fields {
             key: &self.key,
             revision: self.revision.map(Revision::get),
+            stale: self.stale,
             last_error: self.last_error.as_deref(),
             rejected: self.rejected,
         };

@@ -154,8 +154,8 @@ impl ResolverBuilder {
         self
     }
 
-    /// Stores the registered instances in a file in this directory. After the next start, the resolver uses them until etcd answers.
-    /// Disabled by default.
+    /// Stores the registered instances in a file in this directory, and the service config in another one, if it is
+    /// [watched](Self::watch_service_config). After the next start, the resolver uses them until etcd answers. Disabled by default.
     ///
     /// The file is used if etcd has not answered within 50 ms. The [status](Resolver::status) is then
     /// [`Stale`](crate::resolver::ResolverState::Stale), a warning is logged, and the first complete list replaces the set. The file is
@@ -163,6 +163,10 @@ impl ResolverBuilder {
     /// it. Cached instances that the first list does not contain count as removed together, so some of them may be kept as after any
     /// [mass removal](Self::mass_removal_protection). A file that is corrupt, has another version, or was written for other prefixes is
     /// ignored, and a warning is logged.
+    ///
+    /// The same rules apply to the file of the service config: its [status](crate::resolver::ServiceConfigStatus::stale) is then stale, and
+    /// the first answer of etcd replaces it, also if the key does not exist any more. A value in etcd that cannot be used does not replace
+    /// it. If the key does not exist, the file is removed.
     ///
     /// ```no_run
     /// # fn run(registry: tonic_etcd::Registry) {

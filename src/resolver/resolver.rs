@@ -12,7 +12,7 @@ use tonic_balance::{Address, AddressPolicy};
 use tower::discover::Change;
 use tracing::Instrument;
 
-use super::cache::Cache;
+use super::cache::{Cache, ConfigCache};
 use super::feedback::ResolverFeedback;
 use super::gauges::GAUGES;
 use super::handle::ResolverHandle;
@@ -126,7 +126,9 @@ impl Resolver {
         }
         if let (Some(key), Some(publisher)) = (config_key, publisher) {
             let span = tracing::info_span!("service_config", key = %key.escaped());
-            let task = service_config::follow(etcd.clone(), key, publisher, reconcile);
+            let directory = options.cache_dir.as_deref();
+            let cache = directory.map(|directory| ConfigCache::new(directory, &core.service, &key));
+            let task = service_config::follow(etcd.clone(), key, publisher, reconcile, cache);
             handles.push(tokio::spawn(task.instrument(span)).abort_handle());
         }
         let mut prefixes = Vec::with_capacity(ranges.len());

@@ -7,7 +7,7 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-use super::cache::Cache;
+use super::cache::{CACHE_DELAY, Cache, WRITE_DELAY};
 use super::status::ResolverState;
 use super::store::Core;
 use super::watcher::{Command, Machine};
@@ -172,13 +172,13 @@ pub(super) async fn keep_cache(
         let written = file.clone();
         let store = tokio::task::spawn_blocking(move || written.store(&instances));
         if let Ok(Err(error)) = store.await {
-            tracing::warn!(file = %file.file().display(), %error, "could not write the cache");
+            tracing::warn!(file = %file.path().display(), %error, "could not write the cache");
         }
     }
 }
 
 async fn load(file: Cache, policy: AddressPolicy) -> Option<Vec<Instance>> {
-    let path = file.file().to_owned();
+    let path = file.path().to_owned();
     let load = tokio::task::spawn_blocking(move || file.load(&policy));
     match load.await {
         Ok(Ok(instances)) => instances,
@@ -192,10 +192,6 @@ async fn load(file: Cache, policy: AddressPolicy) -> Option<Vec<Instance>> {
 
 /// The shortest wait after a failure. With rejected credentials, each attempt costs etcd a password hash.
 const WAIT_MIN: Duration = Duration::from_secs(5);
-/// The time to wait for the first lists before the cache or the seeds are used. A member on the same continent answers in less time.
-const CACHE_DELAY: Duration = Duration::from_millis(50);
-/// The time between a change and the write of the cache file.
-const WRITE_DELAY: Duration = Duration::from_secs(1);
 
 async fn until(instant: Option<Instant>) {
     match instant {

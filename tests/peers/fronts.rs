@@ -212,7 +212,7 @@ fn listening(kind: Kind, tls: Option<&Localhost>, folder: &Path) -> String {
 }
 
 /// Returns a port below the ephemeral range, so that no outgoing connection uses it before the proxy does.
-fn free_port() -> u16 {
+pub fn free_port() -> u16 {
     static NEXT: AtomicU16 = AtomicU16::new(0);
     let base = u16::try_from(std::process::id() % 100).unwrap() * 20;
     loop {

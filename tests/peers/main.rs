@@ -1,5 +1,5 @@
-//! Tests with real servers and proxies: grpc-go, grpc-java, grpcio, grpc-js, nginx, haproxy, Caddy. `make interop` installs and builds the
-//! servers and proxies, and runs these tests. They are not part of `make test`.
+//! Tests with real servers, proxies and a name server: grpc-go, grpc-java, grpcio, grpc-js, nginx, haproxy, Caddy, dnsmasq. `make interop`
+//! installs and builds them, and runs these tests. They are not part of `make test`.
 #![cfg(feature = "tls")]
 #![allow(
     unreachable_pub,
@@ -49,6 +49,8 @@ mod cases;
 mod client;
 mod compression;
 mod deadlines;
+#[cfg(feature = "dns-srv")]
+mod dns;
 mod echo;
 mod fronts;
 mod metadata;

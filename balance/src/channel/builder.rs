@@ -18,7 +18,9 @@ use super::keep_alive::KeepAliveOptions;
 use super::service_config::{
     ProgramOptions, ServiceConfigMode, ServiceConfigOptions, follow_source,
 };
-use super::source::{Addresses, Changes, Discover, EndpointSource, Endpoints, SourceContext};
+use super::source::{
+    Addresses, Changes, Discover, EndpointSource, Endpoints, ServerName, SourceContext,
+};
 use super::{BalancedChannel, ChannelError};
 use crate::address::{Address, AddressPolicy};
 use crate::attributes::Attributes;
@@ -290,8 +292,8 @@ impl<S> ChannelBuilder<S> {
     }
 
     /// Sets the scheme and the authority of calls. The default scheme is `https` if TLS is configured, and `http` otherwise. The default
-    /// authority is the server name of the TLS configuration, or else, for [`Dns`], its `host:port`, or else the authority of the request,
-    /// or else the endpoint's address.
+    /// authority is the server name of the TLS configuration, or else, for [`Dns`], its `host:port`, and for `DnsSrv` its domain, or else
+    /// the authority of the request, or else the endpoint's address.
     pub fn origin(mut self, origin: Uri) -> Self {
         self.config.origin = Some(origin);
         self
@@ -515,8 +517,7 @@ impl Config {
         connector.static_addresses = static_addresses;
         connector.host = name
             .as_ref()
-            .and_then(Address::host)
-            .map(|host| host.trim_end_matches('.').into());
+            .map(|name| name.host.trim_end_matches('.').into());
         connector.http2.keep_alive = self.keep_alive.build();
         connector.policy = self.address_policy.or(policy).unwrap_or_default();
         let (scheme, authority) = scheme_and_authority(&connector, name.as_ref(), self.origin);
@@ -609,7 +610,7 @@ const MIN_CONNECTION_WINDOW: u32 = 65_535;
 /// name, and the program sets no other `origin`, this name is the authority. The source of endpoints cannot change it.
 fn scheme_and_authority(
     connector: &Connector,
-    name: Option<&Address>,
+    name: Option<&ServerName>,
     origin: Option<Uri>,
 ) -> (Scheme, Option<Authority>) {
     let origin = origin.unwrap_or_default().into_parts();
@@ -619,7 +620,7 @@ fn scheme_and_authority(
         Scheme::HTTP
     };
     let server_name = connector.server_name().map(str::to_owned);
-    let server_name = server_name.or_else(|| name.map(Address::to_string));
+    let server_name = server_name.or_else(|| Some(name?.authority.clone()));
     let authority = server_name.and_then(|name| name.parse().ok());
     let scheme = origin.scheme.unwrap_or(default);
     (scheme, origin.authority.or(authority))

@@ -28,6 +28,8 @@ pub use crate::service_config::ServiceConfig;
 pub use balanced::BalancedChannel;
 pub use builder::ChannelBuilder;
 pub use dns::Dns;
+#[cfg(feature = "dns-srv")]
+pub use dns::DnsSrv;
 pub(crate) use error::ChannelError;
 pub use service_config::ServiceConfigMode;
 pub use source::{Addresses, Discover, EndpointSource, Endpoints, SourceContext};

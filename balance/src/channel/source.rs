@@ -97,11 +97,20 @@ pub struct Endpoints<S> {
     pub(super) service: Option<String>,
     pub(super) policy: Option<AddressPolicy>,
     pub(super) static_addresses: bool,
-    /// The host and the port that the program has set, if the source has looked up the addresses of the endpoints itself.
-    pub(super) name: Option<Address>,
+    /// The name that the program has set, if the source has looked up the addresses of the endpoints itself.
+    pub(super) name: Option<ServerName>,
     pub(super) handle: Option<SourceHandle>,
     pub(super) target: Option<String>,
     pub(super) service_configs: Option<ServiceConfigs>,
+}
+
+/// The name of the servers whose addresses a source has looked up.
+#[derive(Clone, Debug)]
+pub(super) struct ServerName {
+    /// The server name for TLS.
+    pub(super) host: Box<str>,
+    /// The authority of calls.
+    pub(super) authority: String,
 }
 
 /// The service configs of a source.

@@ -87,6 +87,32 @@ pub(super) struct Script {
     pub(super) chooses_leases: bool,
     /// Whether the server chooses the watch ids itself and ignores the requested ids, as `etcd grpc-proxy` does.
     pub(super) numbers_watchers: bool,
+    /// The time that reads, and requests for watchers, take.
+    pub(super) delay: Duration,
+    /// The reads, and the requests for watchers, that have no response yet.
+    pub(super) in_flight: BTreeMap<&'static str, InFlight>,
+}
+
+/// The requests of one kind that have no response yet.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct InFlight {
+    now: usize,
+    /// The largest number so far.
+    pub(super) peak: usize,
+}
+
+/// Counts a request until it is dropped.
+pub(super) struct Open {
+    fake: Fake,
+    kind: &'static str,
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        if let Some(in_flight) = self.fake.script().in_flight.get_mut(self.kind) {
+            in_flight.now -= 1;
+        }
+    }
 }
 
 impl Script {
@@ -124,6 +150,8 @@ impl Fake {
                 counts: BTreeMap::new(),
                 chooses_leases: false,
                 numbers_watchers: false,
+                delay: Duration::ZERO,
+                in_flight: BTreeMap::new(),
             })),
             changed: watch::Sender::new(0),
             connection: 0,
@@ -145,6 +173,19 @@ impl Fake {
 
     pub(super) fn count(&self, kind: &'static str) {
         *self.script().counts.entry(kind).or_default() += 1;
+    }
+
+    /// Counts a request as one without a response until the result is dropped.
+    pub(super) fn open_request(&self, kind: &'static str) -> Open {
+        let mut script = self.script();
+        let in_flight = script.in_flight.entry(kind).or_default();
+        in_flight.now += 1;
+        in_flight.peak = in_flight.peak.max(in_flight.now);
+        drop(script);
+        Open {
+            fake: self.clone(),
+            kind,
+        }
     }
 
     /// Removes expired leases, and returns the store.
@@ -414,6 +455,11 @@ impl PbKvService for Fake {
             let mut script = self.script();
             script.keys_over.insert(self.connection);
             script.reads_of_values += u32::from(one && !request.get_ref().keys_only);
+        }
+        let _open = self.open_request("read");
+        let delay = self.script().delay;
+        if !delay.is_zero() {
+            tokio::time::sleep(delay).await;
         }
         self.answer(|store| range(store, request.get_ref())).await
     }

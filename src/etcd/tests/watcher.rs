@@ -4,6 +4,7 @@ use etcd_client::proto::{
     PbEvent, PbResponseHeader, PbWatchRequest, PbWatchRequestUnion, PbWatchResponse,
 };
 use tokio::sync::mpsc;
+use tokio::task::JoinSet;
 use tonic::{Status, Streaming};
 
 use super::fake::Fake;
@@ -50,14 +51,29 @@ pub(super) async fn serve(
         silent,
         refusal,
     };
+    let mut delayed = JoinSet::new();
     loop {
         let alive = tokio::select! {
             biased;
             () = stream.answers.closed() => return,
             request = requests.message() => match request {
-                Ok(Some(request)) => stream.on_request(request).await,
+                Ok(Some(request)) => {
+                    let delay = stream.fake.script().delay;
+                    if delay.is_zero() {
+                        stream.on_request(request).await
+                    } else {
+                        let open = stream.fake.open_request(kind(&request));
+                        delayed.spawn(async move {
+                            tokio::time::sleep(delay).await;
+                            drop(open);
+                            request
+                        });
+                        Ok(())
+                    }
+                }
                 _ => return,
             },
+            Some(Ok(request)) = delayed.join_next() => stream.on_request(request).await,
             _ = changed.changed() => {
                 // A member that restarts loses its streams.
                 if stream.fake.store().epoch != epoch {
@@ -69,6 +85,17 @@ pub(super) async fn serve(
         if alive.is_err() {
             return;
         }
+    }
+}
+
+/// Returns the kind of a request, for the counts of the requests that have no response yet.
+fn kind(request: &PbWatchRequest) -> &'static str {
+    match &request.request_union {
+        Some(PbWatchRequestUnion::CreateRequest(create)) if create.key.ends_with(b"/config") => {
+            "watcher of a service config"
+        }
+        Some(PbWatchRequestUnion::CreateRequest(_)) => "watcher",
+        _ => "other",
     }
 }
 

@@ -12,9 +12,9 @@ use super::instruction::{Demand, Instructions};
 use super::keys::ControlKeys;
 use super::status::{ReportedState, Status};
 use crate::backoff::jittered;
-use crate::error::RegisterError;
+use crate::error::{EtcdError, RegisterError};
 use crate::etcd::{DEADLINE, Etcd, KeyWatch, News};
-use crate::keyspace::KeyValue;
+use crate::keyspace::{Header, KeyValue};
 use crate::registration::entry::Entry;
 use crate::registration::handle::RegistrationHandle;
 use crate::registration::registration::Registration;
@@ -127,7 +127,7 @@ impl Task {
                 },
                 () = sleep_until(read_at) => {
                     read_at = Instant::now() + jittered(READ_INTERVAL, &mut fastrand::Rng::new());
-                    match self.etcd.read_each(&self.keys.instances, DEADLINE).await {
+                    match self.read().await {
                         Ok((_, found)) => self.on_read(&found).await,
                         Err(error) => tracing::debug!(%error, "could not read the control keys"),
                     }
@@ -140,6 +140,12 @@ impl Task {
             // Without a result, the status keys remain until their lease expires.
             let _ = registration.deregister().await;
         }
+    }
+
+    /// Reads the control keys. The read before the start of the server acquires no permit, because the server waits for it.
+    async fn read(&self) -> Result<(Header, Vec<Option<KeyValue>>), EtcdError> {
+        let _permit = self.etcd.acquire_permit().await;
+        self.etcd.read_each(&self.keys.instances, DEADLINE).await
     }
 
     async fn on_read(&mut self, found: &[Option<KeyValue>]) {

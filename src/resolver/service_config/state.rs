@@ -12,6 +12,8 @@ pub(super) struct ConfigState {
     key: Key,
     /// The store revision up to which the key is known. An event up to this revision is already part of what was read.
     known_at: Revision,
+    /// Whether a read or an event of etcd has reported the key.
+    is_known: bool,
     /// The revision and the value of the newest write. `None` if the key does not exist.
     newest: Option<(Revision, Vec<u8>)>,
     /// Why the newest value cannot be used.
@@ -25,8 +27,20 @@ pub(super) struct ConfigState {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum ConfigChange {
     Applied(Revision),
+    /// A service config from the cache is in force until etcd answers.
+    Cached(Revision),
     Removed,
     Rejected(Revision),
+}
+
+/// What the cache must contain.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum ToCache<'a> {
+    Config(Revision, &'a ServiceConfig),
+    /// Nothing, because the key does not exist.
+    Nothing,
+    /// What it contains already: the service config in force is from the cache, or there is none because the newest value cannot be used.
+    Unchanged,
 }
 
 impl ConfigState {
@@ -35,6 +49,7 @@ impl ConfigState {
         Self {
             key,
             known_at: Revision::ZERO,
+            is_known: false,
             newest: None,
             rejection: None,
             trouble: None,
@@ -44,6 +59,40 @@ impl ConfigState {
 
     pub(super) fn status(&self) -> &ServiceConfigStatus {
         &self.status
+    }
+
+    /// Returns whether etcd has reported the key since the start.
+    pub(super) fn is_known(&self) -> bool {
+        self.is_known
+    }
+
+    /// Returns what the cache must contain.
+    pub(super) fn to_cache(&self) -> ToCache<'_> {
+        match (&self.status.config, self.status.revision) {
+            _ if self.status.stale || !self.is_known => ToCache::Unchanged,
+            (Some(config), Some(revision)) => ToCache::Config(revision, config),
+            _ if self.newest.is_some() => ToCache::Unchanged,
+            _ => ToCache::Nothing,
+        }
+    }
+
+    /// Uses a service config from the cache, unless etcd has already reported the key.
+    ///
+    /// # Errors
+    ///
+    /// Returns the reason why the value cannot be used.
+    pub(super) fn on_cached(
+        &mut self,
+        revision: Revision,
+        value: &[u8],
+    ) -> Result<Option<ConfigChange>, String> {
+        if self.is_known {
+            return Ok(None);
+        }
+        self.status.config = Some(parse(value)?);
+        self.status.revision = Some(revision);
+        self.status.stale = true;
+        Ok(Some(ConfigChange::Cached(revision)))
     }
 
     /// Handles an event of the watch.
@@ -81,7 +130,8 @@ impl ConfigState {
 
     fn on_value(&mut self, found: Option<KeyValue>) -> Option<ConfigChange> {
         let found = found.map(|kv| (kv.mod_revision, kv.value));
-        if found == self.newest {
+        let is_first = !std::mem::replace(&mut self.is_known, true);
+        if found == self.newest && !is_first {
             return None;
         }
         self.newest = found;
@@ -89,12 +139,14 @@ impl ConfigState {
         let change = match &self.newest {
             None => {
                 self.status.config = None;
+                self.status.stale = false;
                 self.status.revision.take().map(|_| ConfigChange::Removed)
             }
             Some((revision, value)) => Some(match parse(value) {
                 Ok(config) => {
                     self.status.config = Some(config);
                     self.status.revision = Some(*revision);
+                    self.status.stale = false;
                     ConfigChange::Applied(*revision)
                 }
                 Err(reason) => {
@@ -225,6 +277,71 @@ mod tests {
         assert_eq!(error, Some("read: permission denied"));
         state.on_read(Revision::new(6), Some(kv(5, GOOD)));
         assert_eq!(state.status().last_error, None);
+    }
+
+    #[test]
+    fn a_cached_service_config_is_in_force_until_etcd_reports_the_key() {
+        let cached = || {
+            let mut state = state();
+            let change = state.on_cached(Revision::new(5), GOOD.as_bytes());
+            assert_eq!(change, Ok(Some(ConfigChange::Cached(Revision::new(5)))));
+            state.on_trouble("read: etcd is unavailable".to_owned());
+            assert_eq!(in_force(&state), Some((5, GOOD)));
+            assert!(state.status().stale);
+            assert_eq!(state.to_cache(), ToCache::Unchanged);
+            state
+        };
+        let applied = |revision| Some(ConfigChange::Applied(Revision::new(revision)));
+        // The key still has the value, has another value, or does not exist.
+        let mut same = cached();
+        assert_eq!(
+            same.on_read(Revision::new(6), Some(kv(5, GOOD))),
+            applied(5)
+        );
+        let mut other = cached();
+        assert_eq!(
+            other.on_read(Revision::new(9), Some(kv(8, BETTER))),
+            applied(8)
+        );
+        let mut event = cached();
+        assert_eq!(event.on_event(put(3, BETTER)), applied(3));
+        for state in [&same, &other, &event] {
+            assert!(!state.status().stale);
+            assert!(matches!(state.to_cache(), ToCache::Config(..)));
+        }
+        let mut none = cached();
+        assert_eq!(
+            none.on_read(Revision::new(6), None),
+            Some(ConfigChange::Removed)
+        );
+        assert_eq!((in_force(&none), none.status().stale), (None, false));
+        assert_eq!(none.to_cache(), ToCache::Nothing);
+        // A value that cannot be used replaces no good one.
+        let mut bad = cached();
+        let rejected = Some(ConfigChange::Rejected(Revision::new(8)));
+        assert_eq!(bad.on_read(Revision::new(9), Some(kv(8, BAD))), rejected);
+        assert_eq!(
+            (in_force(&bad), bad.status().stale),
+            (Some((5, GOOD)), true)
+        );
+        // Without a service config from the cache, the file still keeps the last good one.
+        let mut unused = state();
+        unused.on_read(Revision::new(9), Some(kv(8, BAD)));
+        assert_eq!(bad.to_cache(), ToCache::Unchanged);
+        assert_eq!(unused.to_cache(), ToCache::Unchanged);
+    }
+
+    #[test]
+    fn a_cached_service_config_is_not_used_after_an_answer_or_if_it_is_invalid() {
+        let mut known = state();
+        known.on_read(Revision::new(9), None);
+        assert_eq!(known.on_cached(Revision::new(5), GOOD.as_bytes()), Ok(None));
+        let mut unknown = state();
+        let error = unknown.on_cached(Revision::new(5), BAD.as_bytes());
+        assert!(error.is_err_and(|error| error.contains("timeout")));
+        for state in [&known, &unknown] {
+            assert_eq!((in_force(state), state.status().stale), (None, false));
+        }
     }
 
     #[test]

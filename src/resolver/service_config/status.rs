@@ -17,6 +17,9 @@ pub struct ServiceConfigStatus {
     pub config: Option<ServiceConfig>,
     /// The revision of the write of this value.
     pub revision: Option<Revision>,
+    /// Whether the service config in force is from the [cache](crate::resolver::ResolverBuilder::cache_dir). This ends when etcd reports
+    /// a value that can be used, or that the key does not exist.
+    pub stale: bool,
     /// Why the newest value is not in force, or why the key cannot be read. In both cases, the last good value stays in force. `None` if the
     /// newest value is in force.
     pub last_error: Option<String>,
@@ -30,6 +33,7 @@ impl ServiceConfigStatus {
             key,
             config: None,
             revision: None,
+            stale: false,
             last_error: None,
             rejected: 0,
         }
@@ -42,6 +46,9 @@ impl fmt::Display for ServiceConfigStatus {
         match self.revision {
             Some(revision) => write!(f, "revision {revision}")?,
             None => f.write_str("none")?,
+        }
+        if self.stale {
+            f.write_str(" (from the cache)")?;
         }
         match &self.last_error {
             Some(error) => write!(f, ", last error: {error}"),

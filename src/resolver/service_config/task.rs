@@ -6,13 +6,14 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use super::state::{ConfigChange, ConfigState};
+use super::state::{ConfigChange, ConfigState, ToCache};
 use super::status::ServiceConfigStatus;
 use crate::backoff::jittered;
 use crate::error::EtcdError;
 use crate::etcd::{Etcd, KeyWatch, News};
 use crate::keyspace::Key;
 use crate::metrics::{Counter, Metrics, SERVICE_CONFIG_REJECTED, TARGET};
+use crate::resolver::cache::{CACHE_DELAY, CachedConfig, ConfigCache, WRITE_DELAY};
 
 /// Passes the service config to the channels and to the status.
 pub(in crate::resolver) struct ConfigPublisher {
@@ -58,12 +59,14 @@ impl std::fmt::Debug for ConfigPublisher {
 }
 
 /// Watches the key of a service config, in an endless loop. The watch uses a stream that the resolver already has. After the watch was
-/// opened, and then once in each `interval`, the key is read, so that no change is missed.
+/// opened, and then once in each `interval`, the key is read, so that no change is missed. With a cache, the service config of the cache is
+/// used until etcd answers, and the cache is kept up to date.
 pub(in crate::resolver) async fn follow(
     etcd: Etcd,
     key: Key,
     publisher: Arc<ConfigPublisher>,
     interval: Option<Duration>,
+    cache: Option<ConfigCache>,
 ) {
     let mut follower = Follower {
         etcd,
@@ -72,6 +75,10 @@ pub(in crate::resolver) async fn follow(
         publisher,
         interval,
         warned: None,
+        load_at: cache.is_some().then(|| Instant::now() + CACHE_DELAY),
+        store_at: None,
+        has_read: false,
+        cache,
     };
     let etcd = follower.etcd.clone();
     let mut watch = KeyWatch::new();
@@ -79,6 +86,8 @@ pub(in crate::resolver) async fn follow(
     loop {
         tokio::select! {
             biased;
+            () = until(follower.load_at) => follower.load().await,
+            () = until(follower.store_at) => follower.store().await,
             () = until(read_at) => read_at = follower.read().await,
             news = watch.next(&etcd, &follower.keys) => match news {
                 // Events from before the opening are not delivered, so the key is read.
@@ -110,21 +119,41 @@ struct Follower {
     interval: Option<Duration>,
     /// The time of the last warning about a value that cannot be used.
     warned: Option<Instant>,
+    cache: Option<ConfigCache>,
+    /// The time at which the cache is used if etcd has not answered before.
+    load_at: Option<Instant>,
+    /// The time at which the cache is written.
+    store_at: Option<Instant>,
+    /// Whether the key has been read since the start.
+    has_read: bool,
 }
 
 impl Follower {
     /// Reads the key. Returns the time of the next read.
     async fn read(&mut self) -> Option<Instant> {
-        let [key] = &self.keys;
+        let (etcd, keys) = (self.etcd.clone(), self.keys.clone());
         // The future of the request is boxed, because the task waits for the watch most of the time, and the memory of the request would
         // belong to the task during that time.
-        let found = {
-            let _permit = self.etcd.acquire_permit().await;
-            Box::pin(self.etcd.read(key)).await
+        let mut reading = Box::pin(async move {
+            let _permit = etcd.acquire_permit().await;
+            let [key] = &keys;
+            etcd.read(key).await
+        });
+        // A read can take seconds, and must not delay the use of the cache.
+        let found = loop {
+            tokio::select! {
+                biased;
+                found = &mut reading => break found,
+                () = until(self.load_at) => self.load().await,
+            }
         };
         let wait = match found {
             Ok((header, found)) => {
                 let change = self.state.on_read(header.revision, found);
+                if !std::mem::replace(&mut self.has_read, true) {
+                    // The file may have the service config of an earlier run.
+                    self.on_changed();
+                }
                 self.publish(change.as_ref());
                 self.interval
             }
@@ -142,6 +171,58 @@ impl Follower {
         wait.and_then(|wait| Instant::now().checked_add(wait))
     }
 
+    /// Uses the service config of the cache if etcd has not answered since the start.
+    async fn load(&mut self) {
+        self.load_at = None;
+        let Some(cache) = self.cache.clone().filter(|_| !self.state.is_known()) else {
+            return;
+        };
+        let path = cache.path().to_owned();
+        let load = tokio::task::spawn_blocking(move || cache.load());
+        let used = match load.await {
+            Ok(Ok(Some(CachedConfig { revision, json }))) => {
+                self.state.on_cached(revision, json.as_bytes())
+            }
+            Ok(Ok(None)) | Err(_) => Ok(None),
+            Ok(Err(error)) => Err(error.to_string()),
+        };
+        match used {
+            Ok(change) => self.publish(change.as_ref()),
+            Err(error) => {
+                tracing::warn!(file = %path.display(), error, "could not use the cache file");
+            }
+        }
+    }
+
+    /// Schedules a write of the cache, unless one is scheduled already.
+    fn on_changed(&mut self) {
+        if self.cache.is_some() {
+            let at = Instant::now() + WRITE_DELAY;
+            self.store_at.get_or_insert(at);
+        }
+    }
+
+    /// Writes the service config in force to the cache, or removes the file if there is none.
+    async fn store(&mut self) {
+        self.store_at = None;
+        let config = match self.state.to_cache() {
+            ToCache::Config(revision, config) => Some(CachedConfig {
+                revision,
+                json: config.as_json().to_owned(),
+            }),
+            ToCache::Nothing => None,
+            ToCache::Unchanged => return,
+        };
+        let Some(cache) = self.cache.clone() else {
+            return;
+        };
+        let path = cache.path().to_owned();
+        let store = tokio::task::spawn_blocking(move || cache.store(config));
+        if let Ok(Err(error)) = store.await {
+            tracing::warn!(file = %path.display(), %error, "could not write the cache");
+        }
+    }
+
     fn on_trouble(&mut self, error: &EtcdError) {
         tracing::debug!(%error, "the service config cannot be read or watched");
         self.state.on_trouble(error.to_string());
@@ -155,6 +236,13 @@ impl Follower {
             None => {}
             Some(ConfigChange::Applied(revision)) => {
                 tracing::info!(key, %revision, "the service config in etcd applies");
+            }
+            Some(ConfigChange::Cached(revision)) => {
+                tracing::warn!(
+                    key,
+                    %revision,
+                    "etcd has not answered since the start: using the service config of the cache"
+                );
             }
             Some(ConfigChange::Removed) => {
                 tracing::info!(
@@ -176,6 +264,12 @@ impl Follower {
             }
         }
         self.publisher.publish(status);
+        if matches!(
+            change,
+            Some(ConfigChange::Applied(_) | ConfigChange::Removed)
+        ) {
+            self.on_changed();
+        }
     }
 }
 

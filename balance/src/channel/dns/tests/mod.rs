@@ -1,5 +1,11 @@
 //! The DNS source with answers that the tests set, and with the system's resolver.
 
+#[cfg(feature = "dns-srv")]
+mod name_server;
+#[cfg(feature = "dns-srv")]
+mod srv;
+mod waits;
+
 use std::io;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};

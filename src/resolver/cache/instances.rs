@@ -1,48 +1,21 @@
-//! The cache: a file with the last known instances of a service, for a start while etcd does not answer.
-//!
-//! A new file is written under a temporary name, flushed to the disk, and renamed, so that a reader never sees an incomplete file. A file
-//! that is corrupt, has another version, or was written for other prefixes is ignored, and a warning is logged.
+//! The cache file with the instances of a service.
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::io::{self, Write};
-use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::io;
+use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 use tonic_balance::{Address, AddressPolicy};
 
+use super::file::{CacheError, CacheFile};
 use crate::instance::Instance;
 
-/// The file of one service.
+/// The file with the instances of one service.
 #[derive(Clone, Debug)]
-pub(super) struct Cache {
-    file: PathBuf,
+pub(in crate::resolver) struct Cache {
+    file: CacheFile,
     /// The prefixes of the service. The file contains them as well. A file with other prefixes is not used.
     prefixes: Vec<String>,
-}
-
-/// The reason why the cache file is not used. In the texts, "it" is the file.
-#[derive(Debug, thiserror::Error)]
-pub(super) enum CacheError {
-    #[error("it cannot be read: {0}")]
-    Io(#[from] io::Error),
-    #[error("it is not valid: {0}")]
-    Json(#[from] serde_json::Error),
-    #[error("it has version {0}, and this library writes version {VERSION}")]
-    Version(u32),
-    #[error("its checksum does not match its content")]
-    Checksum,
-    #[error("it was written for the prefixes {0:?}")]
-    Foreign(Vec<String>),
-}
-
-#[derive(Serialize, Deserialize)]
-struct File {
-    version: u32,
-    checksum: u64,
-    /// The JSON of [`Content`], as text. The checksum is computed over exactly these bytes.
-    content: String,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -93,46 +66,29 @@ impl Cached {
 
 impl Cache {
     /// Returns the cache of a service in a directory.
-    pub(super) fn new(directory: &Path, service: &str, prefixes: Vec<String>) -> Self {
-        // A service name or a prefix may contain characters that are not valid in a file name, so these characters are replaced. The
-        // checksum of the prefixes distinguishes files whose names would otherwise be equal.
-        let name: String = service
-            .chars()
-            .map(|letter| match letter {
-                'a'..='z' | 'A'..='Z' | '0'..='9' | '.' | '-' | '_' => letter,
-                _ => '_',
-            })
-            .take(100)
-            .collect();
-        let number = checksum(prefixes.join("\n").as_bytes());
+    pub(in crate::resolver) fn new(directory: &Path, service: &str, prefixes: Vec<String>) -> Self {
         Self {
-            file: directory.join(format!("{name}-{number:016x}.json")),
+            file: CacheFile::new(directory, service, &prefixes.join("\n"), "json"),
             prefixes,
         }
     }
 
-    pub(super) fn file(&self) -> &Path {
-        &self.file
+    pub(in crate::resolver) fn path(&self) -> &Path {
+        self.file.path()
     }
 
     /// Reads the instances. Returns `None` if there is no file. The result does not contain instances whose address is not valid or is
     /// rejected by the policy.
-    pub(super) fn load(&self, policy: &AddressPolicy) -> Result<Option<Vec<Instance>>, CacheError> {
-        let text = match fs::read(&self.file) {
-            Ok(text) => text,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(error.into()),
+    pub(in crate::resolver) fn load(
+        &self,
+        policy: &AddressPolicy,
+    ) -> Result<Option<Vec<Instance>>, CacheError> {
+        let Some(content) = self.file.load()? else {
+            return Ok(None);
         };
-        let file: File = serde_json::from_slice(&text)?;
-        if file.version != VERSION {
-            return Err(CacheError::Version(file.version));
-        }
-        if checksum(file.content.as_bytes()) != file.checksum {
-            return Err(CacheError::Checksum);
-        }
-        let content: Content = serde_json::from_str(&file.content)?;
+        let content: Content = serde_json::from_str(&content)?;
         if content.prefixes != self.prefixes {
-            return Err(CacheError::Foreign(content.prefixes));
+            return Err(CacheError::ForeignPrefixes(content.prefixes));
         }
         let instances = content.instances.into_iter();
         let instances = instances.filter_map(Cached::into_instance);
@@ -141,64 +97,19 @@ impl Cache {
     }
 
     /// Replaces the contents of the file with these instances.
-    pub(super) fn store(&self, instances: &[Instance]) -> io::Result<()> {
+    pub(in crate::resolver) fn store(&self, instances: &[Instance]) -> io::Result<()> {
         let content = Content {
             prefixes: self.prefixes.clone(),
             instances: instances.iter().map(Cached::of).collect(),
         };
-        let content = serde_json::to_string(&content)?;
-        let file = File {
-            version: VERSION,
-            checksum: checksum(content.as_bytes()),
-            content,
-        };
-        if let Some(directory) = self.file.parent() {
-            create_private(directory)?;
-        }
-        // The temporary name is unique, because several processes, and several resolvers of one process, may share the directory.
-        let number = STORED.fetch_add(1, Ordering::Relaxed);
-        let extension = format!("{}-{number}.tmp", std::process::id());
-        let beside = self.file.with_extension(extension);
-        let mut options = fs::OpenOptions::new();
-        options.write(true).create(true).truncate(true);
-        #[cfg(unix)]
-        std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
-        let mut written = options.open(&beside)?;
-        let text = serde_json::to_vec(&file)?;
-        let installed = written
-            .write_all(&text)
-            .and_then(|()| written.sync_all())
-            .and_then(|()| fs::rename(&beside, &self.file));
-        if installed.is_err() {
-            let _ = fs::remove_file(&beside);
-        }
-        installed
+        self.file.store(serde_json::to_string(&content)?)
     }
 }
 
-/// Number of files that this process has begun to write. Each temporary name contains this number.
-static STORED: AtomicU64 = AtomicU64::new(0);
-
-/// Creates a directory if it is missing. On Unix, only the owner can read the new directory. An existing directory keeps its permissions.
-fn create_private(directory: &Path) -> io::Result<()> {
-    let mut builder = fs::DirBuilder::new();
-    builder.recursive(true);
-    #[cfg(unix)]
-    std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
-    builder.create(directory)
-}
-
-/// Returns the 64-bit FNV-1a hash. It detects damage, but not forgery. Only the permissions of the directory can prevent forgery.
-fn checksum(bytes: &[u8]) -> u64 {
-    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
-        (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
-    })
-}
-
-const VERSION: u32 = 1;
-
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     fn instance(address: &str) -> Instance {
@@ -240,7 +151,7 @@ mod tests {
             use std::os::unix::fs::PermissionsExt;
             let mode =
                 |path: &Path| fs::metadata(path).expect("it exists").permissions().mode() & 0o777;
-            assert_eq!((mode(cache.file()), mode(&folder)), (0o600, 0o700));
+            assert_eq!((mode(cache.path()), mode(&folder)), (0o600, 0o700));
         }
         let files = fs::read_dir(&folder)
             .expect("the directory is readable")
@@ -256,7 +167,7 @@ mod tests {
         cache
             .store(&[instance("10.0.0.1:80")])
             .expect("the set is stored");
-        let good = fs::read_to_string(cache.file()).expect("the file is readable");
+        let good = fs::read_to_string(cache.path()).expect("the file is readable");
         for (bad, reason) in [
             (String::new(), "not valid"),
             (good[..good.len() / 2].to_owned(), "not valid"),
@@ -266,7 +177,7 @@ mod tests {
                 "version 2",
             ),
         ] {
-            fs::write(cache.file(), bad).expect("the file is written");
+            fs::write(cache.path(), bad).expect("the file is written");
             let error = cache.load(&policy).expect_err(reason).to_string();
             assert!(error.contains(reason), "{error}");
         }
@@ -274,7 +185,7 @@ mod tests {
             prefixes: vec!["/gRPC/b/".to_owned()],
             ..cache.clone()
         };
-        fs::write(cache.file(), good).expect("the file is written");
+        fs::write(cache.path(), good).expect("the file is written");
         let error = other
             .load(&policy)
             .expect_err("a file for other prefixes must be rejected")
