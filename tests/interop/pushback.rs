@@ -8,7 +8,7 @@ use tonic_etcd::channel::{EjectionReason, EndpointStatus, ServedBy};
 use tonic_etcd::{BalancedChannel, LbPolicy};
 
 use crate::hello;
-use crate::peer::go;
+use crate::peer::{Peer, go};
 use crate::support::eventually;
 use crate::support::greeter::greeter_client::GreeterClient;
 
@@ -27,7 +27,7 @@ async fn the_pushback_of_a_go_server_keeps_new_calls_away_from_it() {
     let servers = [go.limited_server().await, go.limited_server().await];
     let channel = BalancedChannel::builder()
         .policy(LbPolicy::WeightedRoundRobin)
-        .addresses(servers.iter().map(|server| server.address()))
+        .addresses(servers.iter().map(Peer::address))
         .connect_lazy();
     eventually("both servers are ready", async || {
         let statuses = channel.endpoints();

@@ -245,6 +245,47 @@ mod tests {
         assert!(limit.lock().calls.len() <= MIN_CLEAN);
     }
 
+    /// The end of a request races with a call that joins the queue. After both, the call has the place.
+    #[test]
+    fn a_place_that_becomes_free_while_a_call_joins_is_passed_to_the_call() {
+        const ROUNDS: usize = 30_000;
+        let limit = limit(1);
+        let (begun, released, checked) = <(AtomicUsize, AtomicUsize, AtomicUsize)>::default();
+        let reached = |round: &AtomicUsize, number| {
+            while round.load(Ordering::SeqCst) < number {
+                std::thread::yield_now();
+            }
+        };
+        let spin = |spins: usize| (0..spins).for_each(|_| std::hint::spin_loop());
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for round in 1..=ROUNDS {
+                    let place = limit.place().expect("a free place");
+                    begun.store(round, Ordering::SeqCst);
+                    spin(fastrand::usize(..40));
+                    drop(place);
+                    released.store(round, Ordering::SeqCst);
+                    reached(&checked, round);
+                }
+            });
+            for round in 1..=ROUNDS {
+                while begun.load(Ordering::SeqCst) < round {
+                    std::hint::spin_loop();
+                }
+                spin(fastrand::usize(..40));
+                let mut wait = limit.join(1).expect("the queue is not full");
+                reached(&released, round);
+                let is_served = wait.try_recv().is_ok();
+                if !is_served {
+                    // Ends the other thread.
+                    checked.store(usize::MAX, Ordering::SeqCst);
+                }
+                assert!(is_served, "the call of round {round} is lost");
+                checked.store(round, Ordering::SeqCst);
+            }
+        });
+    }
+
     /// Many tasks take places, wait for them, give up and are cancelled at random.
     #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
     async fn the_limit_is_never_exceeded_and_no_waiting_call_is_lost() {

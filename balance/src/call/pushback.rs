@@ -13,12 +13,12 @@ use crate::balance::Permit;
 #[cold]
 pub(super) fn record_pushback(
     core: &Core,
-    code: Code,
+    failure: Code,
     headers: &HeaderMap,
     permit: &Permit,
     now: Instant,
 ) {
-    if matches!(code, Code::Unavailable | Code::ResourceExhausted)
+    if matches!(failure, Code::Unavailable | Code::ResourceExhausted)
         && let Pushback::After(wait) = Pushback::of(headers)
     {
         core.shared().on_pushback(permit.endpoint(), wait, now);

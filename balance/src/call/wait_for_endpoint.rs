@@ -41,7 +41,7 @@ pub(super) async fn wait_for_endpoint(
         if wait.place.is_none() && !wait.take_place()? {
             tokio::select! {
                 biased;
-                place = given(&mut wait.place_wait) => wait.set_place(place),
+                place = given(&mut wait.awaited_place) => wait.set_place(place),
                 () = changed => {}
             }
             continue;
@@ -108,7 +108,7 @@ struct Wait<'a> {
     /// The place of the call below the limit of the channel. The call has none while no endpoint is ready.
     place: Option<Place>,
     /// The wait for such a place, once the call has joined the queue for it.
-    place_wait: Option<PlaceWait>,
+    awaited_place: Option<PlaceWait>,
     /// The place of the call in the wait queue, once the call has joined it.
     queued: Option<Waiting>,
     /// Until this time, the call waits for a stream of a full endpoint instead of using an endpoint where it has failed.
@@ -149,7 +149,7 @@ impl<'a> Wait<'a> {
             waits_for_ready: wait_for_ready,
             delays: Delays::new(trace),
             place: None,
-            place_wait: None,
+            awaited_place: None,
             queued: None,
         }
     }
@@ -240,7 +240,7 @@ impl<'a> Wait<'a> {
             let status = self.history.take_status(self.core, &summary, why);
             return Err(Unavailable::NoEndpoint(status));
         }
-        if self.place_wait.is_some() {
+        if self.awaited_place.is_some() {
             return Ok(false);
         }
         // A call without a place gets no stream from the wait queue, so it joins the queue again.
@@ -259,14 +259,14 @@ impl<'a> Wait<'a> {
             let status = status::wait_queue_full(self.core, waiters.limit());
             Unavailable::NoEndpoint(status)
         };
-        self.place_wait = Some(limit.join(room).ok_or_else(full)?);
+        self.awaited_place = Some(limit.join(room).ok_or_else(full)?);
         self.delays.has_waited = true;
         Ok(false)
     }
 
     /// Ends the wait for a place.
     fn set_place(&mut self, place: Option<Place>) {
-        self.place_wait = None;
+        self.awaited_place = None;
         self.place = place;
     }
 

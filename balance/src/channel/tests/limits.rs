@@ -10,6 +10,7 @@ use super::support::{Accepted, Cut};
 use super::*;
 use crate::RetryPolicy;
 use crate::channel::{ChannelBuilder, HedgingPolicy, Routing, Select};
+use crate::metrics::tests::memory::Memory;
 
 fn limited(
     configure: impl FnOnce(ChannelBuilder) -> ChannelBuilder,
@@ -42,6 +43,7 @@ async fn dropped(channel: &BalancedChannel) -> Status {
     let status = ended(spawn(channel, false)).await.expect_err("the limit");
     assert_eq!(status.code(), Code::Unavailable);
     assert!(status.message().contains("its limit"), "{status}");
+    assert!(!status.message().contains("sent again"), "{status}");
     status
 }
 
@@ -124,6 +126,29 @@ async fn with_wait_for_ready_calls_over_the_limit_of_the_channel_wait_in_order()
         call.await.expect("no panic").expect("an answer");
     }
     assert_eq!((in_flight(&channel), waiting(&channel)), (0, 0));
+}
+
+#[tokio::test]
+async fn calls_that_fail_because_of_a_limit_are_counted() {
+    let memory = Memory::default();
+    let mut server = Raw::start(|_| ());
+    let configure = |builder: ChannelBuilder| builder.max_requests(1).metrics(memory.clone());
+    let channel = limited(configure, &[&server]);
+    ready(&channel, 1).await;
+    let call = spawn(&channel, false);
+    let accepted = server.accept().await;
+    for _ in 0..3 {
+        dropped(&channel).await;
+    }
+    let waits = spawn(&channel, true);
+    let waiting_calls = || memory.gauge("tonic_etcd.lb.waiting_calls{grpc.target=greeter}");
+    until("the call waits", || waiting_calls() == Some(1.0)).await;
+    reply(accepted).await;
+    reply(server.accept().await).await;
+    ended(call).await.expect("an answer");
+    ended(waits).await.expect("an answer");
+    let dropped = memory.sum("tonic_etcd.lb.dropped_calls{grpc.target=greeter}");
+    assert_eq!(dropped, 3);
 }
 
 #[tokio::test]

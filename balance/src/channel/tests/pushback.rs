@@ -289,13 +289,18 @@ async fn the_only_server_that_answers_is_used_despite_its_pushback() {
 #[tokio::test]
 async fn a_new_generation_of_an_endpoint_ends_its_pushback() {
     let servers = [Server::start(), Server::start()];
-    let (changes, channel) = fed();
+    let (changes, stream) = mpsc::unbounded_channel();
+    let hour = Duration::from_secs(3600);
+    let channel = BalancedChannel::builder()
+        .max_pushback(hour)
+        .discover(UnboundedReceiverStream::new(stream))
+        .connect_lazy();
     for server in &servers {
         let attributes = Attributes::new().with_generation(1);
         insert(&changes, &server.cut.address(), attributes);
     }
     ready(&channel, 2).await;
-    servers[0].set(refusal(Code::ResourceExhausted, "60000"));
+    servers[0].set(refusal(Code::ResourceExhausted, "3600000"));
     until_refused(&channel, Code::ResourceExhausted).await;
     pushed_back(&channel, &servers[0]).await;
     let attributes = Attributes::new().with_generation(2);
