@@ -17,6 +17,8 @@ mod interop_greeter;
 mod load_reports;
 #[path = "interop/peer.rs"]
 mod peer;
+#[path = "interop/pushback.rs"]
+mod pushback;
 #[path = "interop/service_config.rs"]
 mod service_config;
 

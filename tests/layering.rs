@@ -50,6 +50,7 @@ const PACKAGES: &[Package] = &[
             "call/retry",
             "call/method_config",
             "service_config",
+            "balance/driver/pushbacks",
             "balance/driver/subset/endpoint_subset",
             "balance/estimate",
             "balance/hash_ring",

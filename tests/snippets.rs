@@ -303,6 +303,16 @@ fn deadline_propagation() {
     let server = Server::builder().layer(PropagateDeadlineLayer::new());
 }
 
+async fn limits_of_a_channel(registry: Registry) -> Result<(), Box<dyn std::error::Error>> {
+    let channel = registry
+        .channel("helloworld.Greeter")
+        .max_requests(1_000)
+        .max_requests_per_endpoint(100)
+        .connect()
+        .await?;
+    Ok(())
+}
+
 fn limit_of_a_server() {
     use tonic::transport::Server;
     use tonic_etcd::limit::AdaptiveLimitLayer;

@@ -183,7 +183,7 @@ async fn the_status_as_json_has_documented_fields() {
     assert_eq!(
         names(ready),
         "address calls connections ejected ejection_reason failed_attempts failures in_flight instance last_error last_resort \
-         latency_seconds load_report next_attempt_seconds round_trip_seconds state state_seconds weight"
+         latency_seconds load_report next_attempt_seconds pushback_seconds round_trip_seconds state state_seconds weight"
     );
     assert_eq!(ready["next_attempt_seconds"], Value::Null);
     assert!(ready["round_trip_seconds"].as_f64().unwrap() > 0.0);

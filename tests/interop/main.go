@@ -22,6 +22,7 @@ func main() {
 		"list":           list,
 		"golden":         golden,
 		"channelz":       channelz,
+		"limited-server": limitedServer,
 		"orca-server":    orcaServer,
 		"orca-client":    orcaClient,
 		"orca-balance":   orcaBalance,

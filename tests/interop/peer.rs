@@ -116,6 +116,12 @@ impl Go {
         Peer::start(&mut command).serving().await
     }
 
+    /// Starts a server that refuses some calls with a pushback and is not registered.
+    pub async fn limited_server(&self) -> Peer {
+        let mut command = Command::new(&self.0);
+        Peer::start(command.arg("limited-server")).serving().await
+    }
+
     /// Starts a server that reports its load and is not registered.
     pub async fn reporting_server(&self) -> Peer {
         let mut command = Command::new(&self.0);

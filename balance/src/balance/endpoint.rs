@@ -79,6 +79,8 @@ struct Details {
     weight: u32,
     last_resort: bool,
     ejection: Option<EjectionReason>,
+    /// The end of the last pushback of the server.
+    pushback: Option<Instant>,
     /// The end of the backoff, while no connection exists and none is dialled.
     next_attempt: Option<Instant>,
     failed_attempts: usize,
@@ -115,6 +117,7 @@ impl Endpoint {
                 weight: 1,
                 last_resort: false,
                 ejection: None,
+                pushback: None,
                 next_attempt: None,
                 failed_attempts: 0,
                 last_error: None,
@@ -189,6 +192,22 @@ impl Endpoint {
 
     pub(super) fn set_ejection(&self, reason: Option<EjectionReason>) {
         self.lock().ejection = reason;
+    }
+
+    /// Records a pushback of the server, which ends at `until`. Returns true if it begins one, and false if it only extends the current one.
+    pub(super) fn extend_pushback(&self, until: Instant, now: Instant) -> bool {
+        if until <= now {
+            return false;
+        }
+        let mut details = self.lock();
+        let current = details.pushback.filter(|current| *current > now);
+        details.pushback = Some(current.map_or(until, |current| current.max(until)));
+        current.is_none()
+    }
+
+    /// Returns the end of the last pushback of the server.
+    pub(super) fn pushback(&self) -> Option<Instant> {
+        self.lock().pushback
     }
 
     /// Sets the time of the next attempt to connect, and the number of consecutive attempts that have failed.
@@ -288,6 +307,7 @@ impl Endpoint {
         self.not_grpc.store(0, Ordering::Relaxed);
         self.load_report.store(None);
         self.weight_report.store(None);
+        self.lock().pushback = None;
     }
 
     pub(crate) fn largest_metadata(&self) -> usize {
@@ -349,6 +369,7 @@ impl Endpoint {
 
     /// Returns the current status of the endpoint.
     pub(super) fn status(&self) -> EndpointStatus {
+        let now = Instant::now();
         let details = self.lock();
         let connections = details.connections.iter().filter_map(Weak::upgrade);
         let connections: Vec<_> = connections.collect();
@@ -374,6 +395,7 @@ impl Endpoint {
             failures: self.failures.load(Ordering::Relaxed),
             ejected: details.ejection.is_some(),
             ejection_reason: details.ejection,
+            pushback_until: details.pushback.filter(|until| *until > now),
             // A removed endpoint is not dialled any more.
             next_attempt: details
                 .next_attempt

@@ -26,13 +26,15 @@ struct Fields<'a> {
     failures: u64,
     ejected: bool,
     ejection_reason: Option<EjectionReason>,
+    pushback_seconds: Option<f64>,
     next_attempt_seconds: Option<f64>,
     failed_attempts: usize,
     last_error: Option<&'a str>,
 }
 
-/// Fields with the names of [`EndpointStatus`]. `state_seconds` is the time since [`since`](EndpointStatus::since), and
-/// `next_attempt_seconds` the time until [`next_attempt`](EndpointStatus::next_attempt), or zero if it has passed. Times are in seconds.
+/// Fields with the names of [`EndpointStatus`]. `state_seconds` is the time since [`since`](EndpointStatus::since). `next_attempt_seconds` is the
+/// time until [`next_attempt`](EndpointStatus::next_attempt), and `pushback_seconds` the time until
+/// [`pushback_until`](EndpointStatus::pushback_until), or zero if it has passed. Times are in seconds.
 impl Serialize for EndpointStatus {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let now = Instant::now();
@@ -52,6 +54,7 @@ impl Serialize for EndpointStatus {
             failures: self.failures,
             ejected: self.ejected,
             ejection_reason: self.ejection_reason,
+            pushback_seconds: self.pushback_until.map(until),
             next_attempt_seconds: self.next_attempt.map(until),
             failed_attempts: self.failed_attempts,
             last_error: self.last_error.as_deref(),
@@ -99,13 +102,14 @@ impl Serialize for EndpointState {
     }
 }
 
-/// `"outlier"`, `"not_grpc"` or `"no_answer"`.
+/// `"outlier"`, `"not_grpc"`, `"no_answer"` or `"pushback"`.
 impl Serialize for EjectionReason {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.serialize_str(match self {
             Self::Outlier => "outlier",
             Self::NotGrpc => "not_grpc",
             Self::NoAnswer => "no_answer",
+            Self::Pushback => "pushback",
         })
     }
 }

@@ -42,11 +42,15 @@ pub struct EndpointStatus {
     /// a fault of the server.
     pub failures: u64,
     /// Whether the endpoint is excluded from ordinary picks. If its connection does not answer, it gets no calls. If it has failed too many
-    /// calls ([`OutlierDetection`](crate::channel::OutlierDetection)) or does not answer with gRPC, it gets calls only while no other
-    /// endpoint is ready.
+    /// calls ([`OutlierDetection`](crate::channel::OutlierDetection)), does not answer with gRPC, or requests a wait (pushback), it gets calls
+    /// only while no other endpoint is ready.
     pub ejected: bool,
     /// Why the endpoint is excluded from ordinary picks. `None` if it is not.
     pub ejection_reason: Option<EjectionReason>,
+    /// The end of the wait that the server has requested when it refused a call (`grpc-retry-pushback-ms`), at most
+    /// [`max_pushback`](crate::channel::ChannelBuilder::max_pushback) after the refusal. `None` if no such wait is in progress. If more than
+    /// half of the endpoints request a wait, all of them get calls.
+    pub pushback_until: Option<Instant>,
     /// The time of the next attempt to connect: the end of the backoff after a failed attempt, or of the wait after an unused connection
     /// has ended. At this time, the endpoint is queued for a dial. `None` while a connection exists or is being dialled, and if no attempt
     /// is planned. A call that needs the endpoint or a new registration can lead to an earlier attempt.
@@ -81,6 +85,10 @@ impl fmt::Display for EndpointStatus {
         }
         if let Some(reason) = self.ejection_reason {
             write!(f, ": {reason}")?;
+        }
+        if let Some(until) = self.pushback_until {
+            let wait = until.saturating_duration_since(Instant::now());
+            write!(f, ", pushback for {}", Rounded(wait))?;
         }
         if self.failed_attempts > 0 {
             write!(f, ", {} failed attempts to connect", self.failed_attempts)?;
@@ -154,6 +162,8 @@ pub enum EjectionReason {
     NotGrpc,
     /// None of its connections answers.
     NoAnswer,
+    /// Its server has refused a call and requests a wait before the next one.
+    Pushback,
 }
 
 impl fmt::Display for EjectionReason {
@@ -162,6 +172,7 @@ impl fmt::Display for EjectionReason {
             Self::Outlier => "outlier",
             Self::NotGrpc => "not gRPC",
             Self::NoAnswer => "no answer",
+            Self::Pushback => "pushback",
         })
     }
 }

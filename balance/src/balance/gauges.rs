@@ -40,7 +40,7 @@ impl GaugeSource for Gauges {
         };
         let target = (TARGET, self.channel.target());
         if std::ptr::eq(instrument, &raw const LB_WAITING_CALLS) {
-            return observe(&[target], shared.waiters().waiting() as f64);
+            return observe(&[target], shared.waiters().all_waiting() as f64);
         }
         let states = shared.states();
         for (state, name) in STATES {

@@ -30,6 +30,12 @@ pub(crate) struct Options {
     pub(crate) connections_per_endpoint: usize,
     pub(crate) max_backoff: Duration,
     pub(crate) max_waiters: usize,
+    /// The limit on the requests of the channel, if there is one.
+    pub(crate) max_requests: Option<usize>,
+    /// The limit on the requests of each endpoint, if there is one.
+    pub(crate) max_requests_per_endpoint: Option<u32>,
+    /// The longest time for which the pushback of a server keeps new calls away from it.
+    pub(crate) max_pushback: Duration,
     pub(crate) outlier_detection: Option<OutlierDetection>,
     /// The health check of the endpoints, if it is enabled.
     pub(crate) health_check: Option<HealthCheck>,
@@ -109,6 +115,9 @@ impl Default for Options {
             connections_per_endpoint: 1,
             max_backoff: MAX_BACKOFF,
             max_waiters: MAX_WAITERS,
+            max_requests: None,
+            max_requests_per_endpoint: None,
+            max_pushback: MAX_PUSHBACK,
             outlier_detection: None,
             health_check: None,
             slow_start: None,
@@ -125,6 +134,9 @@ impl Default for Options {
 
 /// Default limit on the connect backoff, from gRPC's connection backoff document.
 const MAX_BACKOFF: Duration = Duration::from_secs(120);
+/// Default limit on the time for which a pushback keeps calls away. A server that is overloaded for longer refuses one more call of each client
+/// every ten seconds, which costs it nothing. A longer time would leave a server unused that has recovered earlier than it expected.
+const MAX_PUSHBACK: Duration = Duration::from_secs(10);
 /// Default limit on waiting calls. Each waiting call holds its request, which takes at least a few kilobytes. A higher limit would use
 /// memory for calls that are unlikely to get a stream before their deadlines.
 const MAX_WAITERS: usize = 32_768;

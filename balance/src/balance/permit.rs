@@ -13,7 +13,8 @@ use super::ready_connection::ReadyConnection;
 use crate::load_report::LoadReport;
 use crate::transport::http2::Connection;
 
-/// The right to send one call on a connection. Dropping the permit releases the stream, however the call ended.
+/// The right to send one call on a connection. Dropping the permit releases the stream, however the call ended, and the place of the call
+/// below the limits on requests.
 #[derive(Debug)]
 pub(crate) struct Permit {
     connection: Arc<ReadyConnection>,
@@ -31,10 +32,12 @@ pub(crate) struct Permit {
 struct PrivateConnection {
     metadata: usize,
     dial_permit: DialPermit,
+    /// Holds the place of the call below the limits on requests, if there are limits.
+    _place: Option<Permit>,
 }
 
 impl Permit {
-    /// Creates the permit for a stream that was already reserved on the connection.
+    /// Creates the permit for a stream that was already reserved on the connection, by a call that has a place below the limits on requests.
     pub(super) fn reserved(connection: &Arc<ReadyConnection>) -> Self {
         Self {
             connection: Arc::clone(connection),
@@ -44,16 +47,19 @@ impl Permit {
         }
     }
 
-    /// Creates the permit for the only call of a private connection. `metadata`: the size of the metadata of the call, in bytes.
+    /// Creates the permit for the only call of a private connection. `metadata`: the size of the metadata of the call, in bytes. `place`: the
+    /// permit on another connection that holds the place of the call below the limits on requests, if there are limits.
     pub(super) fn private(
         connection: &Arc<ReadyConnection>,
         metadata: usize,
         dial_permit: DialPermit,
+        place: Option<Self>,
     ) -> Self {
         let mut permit = Self::reserved(connection);
         permit.private = Some(Box::new(PrivateConnection {
             metadata,
             dial_permit,
+            _place: place,
         }));
         permit
     }
@@ -239,7 +245,41 @@ impl Drop for Permit {
                 self.connection.http2().request_ping_for_drop(sent);
             }
         }
-        self.connection.release();
+        if self.private.is_some() {
+            self.connection.release_stream();
+        } else {
+            self.connection.release();
+        }
+    }
+}
+
+/// A stream that the wait queue has handed to a call. Dropping it hands the stream to the next call.
+#[derive(Debug)]
+pub(crate) struct Reserved {
+    connection: Arc<ReadyConnection>,
+    is_used: bool,
+}
+
+impl Reserved {
+    pub(super) fn new(connection: &Arc<ReadyConnection>) -> Self {
+        Self {
+            connection: Arc::clone(connection),
+            is_used: false,
+        }
+    }
+
+    /// Converts the stream to the permit of a call that has a place below the limit of the channel.
+    pub(crate) fn into_permit(mut self) -> Permit {
+        self.is_used = true;
+        Permit::reserved(&self.connection)
+    }
+}
+
+impl Drop for Reserved {
+    fn drop(&mut self) {
+        if !self.is_used {
+            self.connection.release_stream();
+        }
     }
 }
 

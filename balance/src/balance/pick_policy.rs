@@ -188,10 +188,11 @@ impl<'a> ReadyEndpoint<'a> {
         self.slot.connection.connection().endpoint().load_report()
     }
 
-    /// Returns false if this call must not be sent to the entry, for example because an earlier attempt failed there.
+    /// Returns false if this call must not be sent to the entry, for example because an earlier attempt failed there, or because the endpoint
+    /// has as many requests as [`max_requests_per_endpoint`](crate::channel::ChannelBuilder::max_requests_per_endpoint) allows.
     #[must_use]
     pub fn is_usable(&self) -> bool {
-        (self.usable)(&self.slot.connection)
+        (self.usable)(&self.slot.connection) && !self.slot.connection.is_limited()
     }
 }
 

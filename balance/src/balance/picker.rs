@@ -75,6 +75,10 @@ pub(crate) trait Candidate {
     }
     /// Reserves a stream for a call. Returns false if no stream is free.
     fn acquire(&self) -> bool;
+    /// Returns whether the limit on the requests of the endpoint is the reason why no stream can be reserved.
+    fn is_limited(&self) -> bool {
+        false
+    }
 }
 
 /// The result of a pick.
@@ -84,6 +88,8 @@ pub(crate) enum Pick<T> {
     Taken(T),
     /// Connections are ready, but every usable connection that was examined is full.
     Full,
+    /// Connections are ready, but the limit on requests is reached: that of the channel, or those of all usable endpoints that were examined.
+    Limited,
     /// Connections are ready, but none of the connections that were examined is usable for this call.
     Excluded,
     /// No connection is ready.
@@ -96,8 +102,29 @@ impl<T> Pick<T> {
         match self {
             Self::Taken(connection) => Pick::Taken(f(connection)),
             Self::Full => Pick::Full,
+            Self::Limited => Pick::Limited,
             Self::Excluded => Pick::Excluded,
             Self::Empty => Pick::Empty,
+        }
+    }
+}
+
+/// What the connections that a pick has examined lack. The greatest of them decides: if one endpoint is below its limit on requests, the call
+/// can wait for a stream.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Lack {
+    Usable,
+    Requests,
+    Streams,
+}
+
+impl Lack {
+    #[cold]
+    fn of<M: Candidate>(full: &M) -> Self {
+        if full.is_limited() {
+            Self::Requests
+        } else {
+            Self::Streams
         }
     }
 }
@@ -149,11 +176,15 @@ impl Picker {
         if set.len() == 0 {
             return Pick::Empty;
         }
-        let full = Cell::new(false);
+        let lack = Cell::new(Lack::Usable);
         let taken = |slot: &Slot<M>| {
-            let usable = usable(&slot.connection);
-            let taken = usable && slot.connection.acquire();
-            full.set(full.get() || (usable && !taken));
+            if !usable(&slot.connection) {
+                return false;
+            }
+            let taken = slot.connection.acquire();
+            if !taken {
+                lack.set(lack.get().max(Lack::of(&slot.connection)));
+            }
             taken
         };
         for _ in 0..DRAWS {
@@ -176,10 +207,10 @@ impl Picker {
                 return Pick::Taken(&slot.connection);
             }
         }
-        if full.get() {
-            Pick::Full
-        } else {
-            Pick::Excluded
+        match lack.get() {
+            Lack::Usable => Pick::Excluded,
+            Lack::Requests => Pick::Limited,
+            Lack::Streams => Pick::Full,
         }
     }
 

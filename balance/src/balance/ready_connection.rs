@@ -8,6 +8,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::endpoint::{ConnectionStats, Endpoint};
+use super::endpoint_requests::EndpointRequests;
 use super::estimate::Ticks;
 use super::load::{Load, LoadHandle};
 use super::picker::Candidate;
@@ -29,14 +30,23 @@ pub(crate) struct ReadyConnection {
     /// Whether the connection is in the set that calls pick from. While it is not in that set, no waiting call gets a permit on it.
     takes_calls: AtomicBool,
     used: Arc<ConnectionUse>,
+    /// The requests of the endpoint, if their number is limited.
+    requests: Option<SharedRequests>,
     /// The measurement of the connection, if metrics are enabled.
     record: Option<ConnectionRecord>,
 }
 
+/// The requests of an endpoint, which its connections share.
+pub(super) type SharedRequests = Arc<EndpointRequests<ReadyConnection>>;
+
 /// The functions of the wait queue that a connection calls.
 pub(super) trait Queue: Debug + Send + Sync {
-    /// Releases the stream of a call: hands it to the first waiter that can use it, or else makes it free for any call.
+    /// Ends a request: releases its stream and its place below the limits.
     fn release(&self, connection: &Arc<ReadyConnection>);
+
+    /// Releases the stream of a call: hands it to the first waiter that can use it, or else makes it free for any call. The request keeps its
+    /// place below the limit of the channel.
+    fn release_stream(&self, connection: &Arc<ReadyConnection>);
 
     /// Hands free streams of the connection to waiters, as long as there are waiters that can use them.
     fn offer(&self, connection: &Arc<ReadyConnection>);
@@ -98,6 +108,7 @@ impl ReadyConnection {
             epoch,
             takes_calls: AtomicBool::new(false),
             used: Arc::default(),
+            requests: None,
             record: None,
         }
     }
@@ -106,6 +117,46 @@ impl ReadyConnection {
     pub(super) fn with_record(mut self, record: Option<ConnectionRecord>) -> Self {
         self.record = record;
         self
+    }
+
+    /// Sets the requests of the endpoint, if their number is limited.
+    pub(super) fn with_requests(mut self, requests: Option<SharedRequests>) -> Self {
+        self.requests = requests;
+        self
+    }
+
+    /// Returns the requests of the endpoint, if their number is limited.
+    pub(super) fn requests(&self) -> Option<&SharedRequests> {
+        self.requests.as_ref()
+    }
+
+    /// Reserves a stream, and a place below the limit of the endpoint. Returns false if either is not free.
+    pub(super) fn reserve(&self) -> bool {
+        if !self.load.acquire() {
+            return false;
+        }
+        let is_limited = self
+            .requests
+            .as_ref()
+            .is_some_and(|requests| !requests.acquire());
+        if is_limited {
+            self.load.release();
+        }
+        !is_limited
+    }
+
+    /// Makes a reserved stream free, and its place below the limit of the endpoint.
+    pub(super) fn unreserve(&self) {
+        self.load.release();
+        if let Some(requests) = &self.requests {
+            requests.release();
+        }
+    }
+
+    /// Returns whether the endpoint has as many requests as its limit allows.
+    fn is_limited(&self) -> bool {
+        let requests = self.requests.as_ref();
+        requests.is_some_and(|requests| requests.is_full())
     }
 
     /// Returns the measurement of the connection, if metrics are enabled.
@@ -130,9 +181,14 @@ impl ReadyConnection {
         Ticks::at(now, self.epoch)
     }
 
-    /// Releases the stream of a call.
+    /// Ends a request on this connection.
     pub(super) fn release(self: &Arc<Self>) {
         self.waiters.release(self);
+    }
+
+    /// Releases the stream of a call, which keeps its place below the limit of the channel.
+    pub(super) fn release_stream(self: &Arc<Self>) {
+        self.waiters.release_stream(self);
     }
 
     /// Returns whether a waiting call can get a permit on this connection. The connection must be in the set that calls pick from, and its
@@ -189,6 +245,8 @@ impl ReadyConnection {
 pub(crate) struct ReadyEntry {
     connection: Arc<ReadyConnection>,
     load: LoadHandle,
+    /// Whether the number of requests of the endpoint is limited.
+    has_limit: bool,
 }
 
 impl ReadyEntry {
@@ -196,6 +254,7 @@ impl ReadyEntry {
         Self {
             connection: Arc::clone(connection),
             load: connection.load.clone(),
+            has_limit: connection.requests.is_some(),
         }
     }
 
@@ -205,6 +264,21 @@ impl ReadyEntry {
 
     pub(super) fn load(&self) -> &Load {
         &self.load
+    }
+
+    // Not inlined, so that a pick without a limit stays short.
+    #[inline(never)]
+    fn reserve_below_limit(&self) -> bool {
+        if self.connection.is_limited() {
+            return false;
+        }
+        let is_reserved = self.connection.reserve();
+        if !is_reserved {
+            // A call that has joined the queue in the meantime may have found no free stream, because this pick had reserved it for a
+            // moment.
+            self.connection.offer();
+        }
+        is_reserved
     }
 }
 
@@ -222,6 +296,13 @@ impl Candidate for ReadyEntry {
     }
 
     fn acquire(&self) -> bool {
+        if self.has_limit {
+            return self.reserve_below_limit();
+        }
         self.load.acquire()
+    }
+
+    fn is_limited(&self) -> bool {
+        self.has_limit && self.connection.is_limited()
     }
 }

@@ -221,6 +221,10 @@ impl<K, M> ReadySetBuilder<K, M> {
     pub(crate) fn is_empty(&self) -> bool {
         self.slots.is_empty()
     }
+
+    pub(crate) fn len(&self) -> usize {
+        self.slots.len()
+    }
 }
 
 impl<K: Clone + Eq + Hash, M: Clone> ReadySetBuilder<K, M> {

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
 
 use arc_swap::{ArcSwap, ArcSwapOption, Guard};
 use http::HeaderName;
@@ -21,6 +22,7 @@ use super::pick_policy::PickPolicy;
 use super::picker::{LbPolicy, Pick, SCAN_LIMIT};
 use super::ready_connection::{ReadyConnection, ReadyEntry};
 use super::ready_set::ReadySet;
+use super::request_limit::{Place, RequestLimit};
 use super::select::Criterion;
 use super::snapshot::{Picking, Published, Snapshot};
 use super::stream_queue::Waiters;
@@ -43,6 +45,10 @@ pub(crate) struct Shared {
     /// Connections that callers have given up (`BalancedChannel::reconnect`), until the driver has removed them from the ready set.
     given_up: Mutex<Vec<Arc<ReadyConnection>>>,
     pub(super) waiters: Arc<Waiters>,
+    /// The limit on the requests of the channel, if there is one.
+    requests: Option<Arc<RequestLimit>>,
+    /// The limit on the requests of each endpoint, if there is one.
+    max_requests_per_endpoint: Option<u32>,
     /// Settings of the balancer that the driver has not applied yet.
     reconfiguration: Mutex<Option<Reconfiguration>>,
     picking: Picking,
@@ -62,6 +68,10 @@ pub(crate) struct Shared {
     ended: OnceLock<Arc<str>>,
     /// Endpoints whose responses are not gRPC, as reported by calls.
     not_grpc: Mutex<Vec<Arc<Endpoint>>>,
+    /// Endpoints whose servers have sent a pushback that the driver does not know yet.
+    pushed_back: Mutex<Vec<Arc<Endpoint>>>,
+    /// The longest time for which a pushback keeps new calls away.
+    max_pushback: Duration,
     splits: Mutex<Splits>,
     /// The header whose value is the key of a call for the consistent hash.
     hash_header: ArcSwapOption<HeaderName>,
@@ -78,12 +88,15 @@ struct Splits {
 impl Shared {
     pub(super) fn new(options: &Options, connector: Arc<Connector>) -> Self {
         let demand = Arc::new(Notify::new());
+        let requests = options.max_requests.map(RequestLimit::new).map(Arc::new);
         Self {
             connector,
             found_dead: AtomicBool::new(false),
             call_waits: AtomicBool::new(false),
             ended: OnceLock::new(),
             not_grpc: Mutex::new(Vec::new()),
+            pushed_back: Mutex::new(Vec::new()),
+            max_pushback: options.max_pushback,
             splits: Mutex::new(Splits {
                 set: options.splits.clone(),
                 applied: options.splits.current().clone(),
@@ -93,7 +106,9 @@ impl Shared {
             changed: Notify::new(),
             demand: Arc::clone(&demand),
             given_up: Mutex::new(Vec::new()),
-            waiters: Arc::new(Waiters::new(options.max_waiters)),
+            waiters: Arc::new(Waiters::new(options.max_waiters, requests.clone())),
+            requests,
+            max_requests_per_endpoint: options.max_requests_per_endpoint,
             reconfiguration: Mutex::new(None),
             picking: Picking {
                 pick_policy: options.pick_policy.clone(),
@@ -106,11 +121,43 @@ impl Shared {
         }
     }
 
-    /// Picks a `usable` connection and returns a permit on it.
+    /// Takes a place below the limit of the channel, picks a `usable` connection, and returns a permit on it.
     ///
     /// The permit refers to the connection and not to an index of the set. So the call cannot reach a different endpoint, even if the
     /// driver replaces the set between the pick and the send.
     pub(crate) fn pick(
+        &self,
+        key: &PickKey,
+        draw: &SplitDraw,
+        usable: impl Fn(&Arc<ReadyConnection>) -> bool,
+    ) -> Pick<Permit> {
+        match &self.requests {
+            None => self.pick_unlimited(key, draw, usable),
+            Some(limit) => self.pick_limited(limit, key, draw, usable),
+        }
+    }
+
+    // Not inlined, so that a pick without a limit stays short.
+    #[inline(never)]
+    fn pick_limited(
+        &self,
+        limit: &Arc<RequestLimit>,
+        key: &PickKey,
+        draw: &SplitDraw,
+        usable: impl Fn(&Arc<ReadyConnection>) -> bool,
+    ) -> Pick<Permit> {
+        if !limit.take() {
+            return Pick::Limited;
+        }
+        let picked = self.pick_unlimited(key, draw, usable);
+        if !matches!(picked, Pick::Taken(_)) {
+            limit.release();
+        }
+        picked
+    }
+
+    #[inline]
+    fn pick_unlimited(
         &self,
         key: &PickKey,
         draw: &SplitDraw,
@@ -228,6 +275,29 @@ impl Shared {
         &self.waiters
     }
 
+    /// Returns the limit on the requests of the channel, if there is one.
+    pub(crate) fn request_limit(&self) -> Option<&Arc<RequestLimit>> {
+        self.requests.as_ref()
+    }
+
+    /// Returns the limit on the requests of each endpoint, if there is one.
+    pub(crate) fn max_requests_per_endpoint(&self) -> Option<u32> {
+        self.max_requests_per_endpoint
+    }
+
+    /// Returns whether the number of requests of the channel or of its endpoints is limited.
+    pub(crate) fn limits_requests(&self) -> bool {
+        self.requests.is_some() || self.max_requests_per_endpoint.is_some()
+    }
+
+    /// Returns a place below the limit of the channel, if one is free.
+    pub(crate) fn place(&self) -> Option<Place> {
+        match &self.requests {
+            Some(limit) => limit.place(),
+            None => Some(Place::unlimited()),
+        }
+    }
+
     /// Wakes the driver because a call waits. The driver adds a connection to each endpoint whose streams are all in use, and dials the
     /// resting subchannels, whose connections ended while no call needed them.
     pub(crate) fn demand(&self) {
@@ -266,6 +336,21 @@ impl Shared {
         self.not_grpc.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Records that a server has refused a call and requests a wait. The driver keeps new calls away from the endpoint for that time.
+    #[cold]
+    pub(crate) fn on_pushback(&self, endpoint: &Arc<Endpoint>, wait: Duration, now: Instant) {
+        let until = now + wait.min(self.max_pushback);
+        if endpoint.extend_pushback(until, now) {
+            lock(&self.pushed_back).push(Arc::clone(endpoint));
+            self.demand.notify_one();
+        }
+    }
+
+    /// Removes and returns the endpoints whose servers have sent a pushback.
+    pub(super) fn take_pushed_back(&self) -> Vec<Arc<Endpoint>> {
+        std::mem::take(&mut *lock(&self.pushed_back))
+    }
+
     /// Returns whether a call has begun to wait since this function was last called.
     pub(super) fn take_call_waits(&self) -> bool {
         self.call_waits.swap(false, Ordering::Relaxed)
@@ -276,7 +361,8 @@ impl Shared {
         self.found_dead.swap(false, Ordering::Relaxed)
     }
 
-    /// Dials a private connection to an endpoint, for one call. `metadata`: the size of the metadata of the call, in bytes.
+    /// Dials a private connection to an endpoint, for one call. `metadata`: the size of the metadata of the call, in bytes. `place`: the permit
+    /// that holds the place of the call below the limits on requests, if there are limits.
     ///
     /// # Cancel safety
     ///
@@ -286,6 +372,7 @@ impl Shared {
         endpoint: &Arc<Endpoint>,
         metadata: usize,
         dial_permit: DialPermit,
+        place: Option<Permit>,
     ) -> Result<Permit, DialError> {
         let connected = self
             .connector
@@ -302,7 +389,7 @@ impl Shared {
         connection.update_stream_limit();
         connection.load().acquire();
         dial_permit.end_soon();
-        Ok(Permit::private(&connection, metadata, dial_permit))
+        Ok(Permit::private(&connection, metadata, dial_permit, place))
     }
 
     /// Makes the driver replace a connection by a new one to the same endpoint. Calls on the old connection finish. The driver removes the

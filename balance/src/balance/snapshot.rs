@@ -90,6 +90,11 @@ impl<'a> Snapshot<'a> {
         }
     }
 
+    /// Makes the next pick examine all slots.
+    pub(crate) fn scan_all(&mut self) {
+        self.scan_limit = usize::MAX;
+    }
+
     /// Picks a `usable` connection, as [`Shared::pick`](super::shared::Shared::pick) does.
     pub(crate) fn pick(&self, usable: impl Fn(&Arc<ReadyConnection>) -> bool) -> Pick<Permit> {
         let usable = |entry: &ReadyEntry| usable(entry.connection());
@@ -116,7 +121,7 @@ impl<'a> Snapshot<'a> {
                 }
                 None => self.search(select, &usable),
             };
-            let has_none = matches!(picked, Pick::Empty | Pick::Excluded);
+            let has_none = matches!(picked, Pick::Empty | Pick::Excluded | Pick::Limited);
             if !(has_none && select.allows_any()) {
                 return picked;
             }
@@ -192,6 +197,7 @@ impl<'a> Snapshot<'a> {
         }
         let word = self.draw.word(|| self.published.picker.random());
         let drawn = split.draw(word);
+        let mut is_limited = false;
         for step in 0..parts.len() {
             let index = (drawn + step) % parts.len();
             let Some(part) = parts.get(index) else {
@@ -199,6 +205,7 @@ impl<'a> Snapshot<'a> {
             };
             match self.pick_from(&part.subset.ready, usable) {
                 Pick::Excluded | Pick::Empty => {}
+                Pick::Limited => is_limited = true,
                 Pick::Full => {
                     // The call waits for a stream instead of changing the shares of the parts.
                     self.full_part.set(Some(index));
@@ -207,7 +214,11 @@ impl<'a> Snapshot<'a> {
                 taken @ Pick::Taken(_) => return taken,
             }
         }
-        Pick::Excluded
+        if is_limited {
+            Pick::Limited
+        } else {
+            Pick::Excluded
+        }
     }
 
     /// Returns the endpoints for a stream of which the call waits, if the last pick has found no free one.

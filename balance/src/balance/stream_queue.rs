@@ -2,14 +2,18 @@
 //!
 //! A stream that becomes free is handed directly to a waiter that can use it, so that no other call can take it first. A notification alone
 //! is not enough: the call that is woken may be excluded from using that stream, or may not find the stream among thousands of connections.
+//!
+//! If the requests of an endpoint are limited, a stream is handed over together with the place of the ended request below that limit. If the
+//! requests of the channel are limited, only calls with a place below that limit (`request_limit.rs`) get a stream.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Poll, Waker};
 
-use super::permit::Permit;
+use super::permit::Reserved;
 use super::ready_connection::{Queue, ReadyConnection};
+use super::request_limit::RequestLimit;
 use super::select::Criterion;
 use crate::address::Address;
 
@@ -18,6 +22,8 @@ use crate::address::Address;
 pub(crate) struct Waiters {
     waiting: AtomicUsize,
     limit: usize,
+    /// The limit on the requests of the channel, if there is one.
+    requests: Option<Arc<RequestLimit>>,
     /// The number of calls that have ever joined the queue, or have begun to wait for other endpoints.
     joined: AtomicU64,
     queue: Mutex<Lanes>,
@@ -167,7 +173,7 @@ enum Handover {
         waker: Option<Waker>,
         exclusions: Exclusions,
     },
-    Given(Permit),
+    Given(Reserved),
     /// The call does not wait any more.
     Done,
 }
@@ -192,20 +198,23 @@ impl Waiter {
 }
 
 impl Waiters {
-    pub(super) fn new(limit: usize) -> Self {
+    pub(super) fn new(limit: usize, requests: Option<Arc<RequestLimit>>) -> Self {
         Self {
             waiting: AtomicUsize::new(0),
             limit,
+            requests,
             joined: AtomicU64::new(0),
             queue: Mutex::default(),
         }
     }
 
-    /// Adds a call to the queue, which waits for a stream of these endpoints. Returns `None` if the queue is full.
+    /// Adds a call to the queue, which waits for a stream of these endpoints. Returns `None` if the queue is full. A call without a place
+    /// below the limit of the channel gets no stream. It only counts as waiting.
     pub(crate) fn join(
         self: &Arc<Self>,
         exclusions: Exclusions,
         awaited: Awaited,
+        has_place: bool,
     ) -> Option<Waiting> {
         // SeqCst: see `Load::acquire`. From here on, `release` looks for waiters. If it looks before this call is in the queue, it releases
         // the stream, and then offers the stream if `joined` has changed. If `joined` changes only later, this call finds the free stream,
@@ -221,6 +230,14 @@ impl Waiters {
                 exclusions,
             }),
         });
+        if !has_place {
+            return Some(Waiting {
+                waiters: Arc::clone(self),
+                waiter,
+                number: u64::MAX,
+                awaited,
+            });
+        }
         let mut queue = self.lock();
         if queue.len > 2 * waiting + MAX_STALE || queue.all.len() > queue.len + MAX_STALE {
             queue.retain_waiting();
@@ -236,13 +253,19 @@ impl Waiters {
         })
     }
 
-    /// Returns the number of waiting calls. A call counts until its [`Waiting`] is dropped, even if a permit was already given to the call.
+    /// Returns the number of waiting calls. A call counts until its [`Waiting`] is dropped, even if a stream was already given to the call.
     pub(crate) fn waiting(&self) -> usize {
         self.waiting.load(Ordering::SeqCst)
     }
 
     pub(crate) fn limit(&self) -> usize {
         self.limit
+    }
+
+    /// Returns how many calls wait, including those that wait for a place below the limit of the channel.
+    pub(crate) fn all_waiting(&self) -> usize {
+        let for_place = self.requests.as_ref().map(|limit| limit.waiting());
+        self.waiting() + for_place.unwrap_or_default()
     }
 
     /// Gives a stream that is already reserved to the first waiter that can use it. Returns false if there is no such waiter.
@@ -256,7 +279,7 @@ impl Waiters {
             // The call may have ended its wait since `first` has looked at it. The next call is then tried.
             if let Handover::Waiting { waker, .. } = &mut *handover {
                 let waker = waker.take();
-                let given = Handover::Given(Permit::reserved(connection));
+                let given = Handover::Given(Reserved::new(connection));
                 let before = std::mem::replace(&mut *handover, given);
                 drop(handover);
                 drop(queue);
@@ -271,6 +294,19 @@ impl Waiters {
         false
     }
 
+    /// Offers the free streams of the connections of an endpoint, until no call joins the queue in the meantime.
+    fn offer_all(&self, connections: &[Arc<ReadyConnection>]) {
+        loop {
+            let joined = self.joined.load(Ordering::SeqCst);
+            for connection in connections {
+                self.offer_one(connection);
+            }
+            if self.waiting() == 0 || self.joined.load(Ordering::SeqCst) == joined {
+                return;
+            }
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, Lanes> {
         // No code panics while it holds this lock.
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
@@ -279,28 +315,56 @@ impl Waiters {
 
 impl Queue for Waiters {
     fn release(&self, connection: &Arc<ReadyConnection>) {
+        self.release_stream(connection);
+        if let Some(requests) = &self.requests {
+            requests.release();
+        }
+    }
+
+    fn release_stream(&self, connection: &Arc<ReadyConnection>) {
         let joined = self.joined.load(Ordering::SeqCst);
         if self.waiting() > 0 && connection.takes_calls() && self.hand_over(connection) {
             return;
         }
-        connection.load().release();
+        connection.unreserve();
+        if self.waiting() == 0 {
+            return;
+        }
+        if let Some(requests) = connection.requests() {
+            // The first waiting call may be able to use another connection of the endpoint, now that its requests are below their limit.
+            return self.offer_all(&requests.connections());
+        }
         // A call that joined the queue after `joined` was read may have searched the set before this stream was released. The stream is
         // offered to that call.
-        if self.waiting() > 0 && self.joined.load(Ordering::SeqCst) != joined {
+        if self.joined.load(Ordering::SeqCst) != joined {
             self.offer(connection);
         }
     }
 
     fn offer(&self, connection: &Arc<ReadyConnection>) {
+        match connection.requests() {
+            Some(requests) if self.waiting() > 0 => self.offer_all(&requests.connections()),
+            Some(_) => {}
+            None => self.offer_one(connection),
+        }
+    }
+}
+
+impl Waiters {
+    fn offer_one(&self, connection: &Arc<ReadyConnection>) {
         loop {
             let joined = self.joined.load(Ordering::SeqCst);
-            if self.waiting() == 0 || !connection.takes_calls() || !connection.load().acquire() {
+            if self.waiting() == 0 || !connection.takes_calls() {
                 return;
             }
-            if self.hand_over(connection) {
-                continue;
+            if connection.reserve() {
+                if self.hand_over(connection) {
+                    continue;
+                }
+                connection.unreserve();
+            } else if connection.requests().is_none() {
+                return;
             }
-            connection.load().release();
             // A call that joined the queue in the meantime may have searched the set while this stream was reserved. The stream is then
             // offered once more.
             if self.joined.load(Ordering::SeqCst) == joined {
@@ -310,8 +374,8 @@ impl Queue for Waiters {
     }
 }
 
-/// A call in the wait queue. Dropping this value ends the wait. If the call was given a permit that it has not taken, the stream of the
-/// permit is handed to the next waiter.
+/// A call in the wait queue. Dropping this value ends the wait. If the call was given a stream that it has not taken, the stream is handed to
+/// the next waiter.
 #[derive(Debug)]
 pub(crate) struct Waiting {
     waiters: Arc<Waiters>,
@@ -339,12 +403,12 @@ impl Waiting {
         true
     }
 
-    /// Waits for a permit.
+    /// Waits for a stream.
     ///
     /// # Cancel safety
     ///
     /// Dropping the future keeps the call in the queue.
-    pub(crate) async fn permit(&self) -> Permit {
+    pub(crate) async fn stream(&self) -> Reserved {
         std::future::poll_fn(|cx| {
             let mut handover = self.waiter.lock();
             if let Handover::Waiting { waker, .. } = &mut *handover {
@@ -357,7 +421,7 @@ impl Waiting {
                 return Poll::Pending;
             }
             match std::mem::replace(&mut *handover, Handover::Done) {
-                Handover::Given(permit) => Poll::Ready(permit),
+                Handover::Given(stream) => Poll::Ready(stream),
                 _ => Poll::Pending,
             }
         })
@@ -368,7 +432,7 @@ impl Waiting {
 impl Drop for Waiting {
     fn drop(&mut self) {
         self.waiters.waiting.fetch_sub(1, Ordering::SeqCst);
-        // A permit in `handover` is dropped only after the lock is released, because its drop hands the stream to the next waiter.
+        // A stream in `handover` is dropped only after the lock is released, because its drop hands it to the next waiter.
         let handover = std::mem::replace(&mut *self.waiter.lock(), Handover::Done);
         drop(handover);
     }

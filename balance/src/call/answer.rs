@@ -11,6 +11,7 @@ use super::core::Core;
 use super::extension::ServedBy;
 use super::http_status::{Head, NonGrpcResponse};
 use super::load_report::record_load_report;
+use super::pushback::record_pushback;
 use super::request::Call;
 use super::status;
 use crate::balance::{AnswerFault, Permit};
@@ -100,5 +101,8 @@ pub(super) fn record_head<T>(
     } else {
         record_load_report(core, response.headers(), permit);
         permit.on_answer();
+        if let Some(code) = head.failure() {
+            record_pushback(core, code, response.headers(), permit, now);
+        }
     }
 }

@@ -16,6 +16,7 @@ use super::http_status::code;
 use super::load_report::record_load_report;
 use super::message_limits::{MessageCheck, MessageLimits};
 use super::observation::CallObservation;
+use super::pushback::record_pushback;
 use super::status;
 use crate::balance::{AnswerFault, Blame, Permit};
 use crate::transport::deadline::Deadline;
@@ -271,6 +272,7 @@ impl Stream {
         if let Some(blame) = status::blame(code) {
             self.permit.on_failure(now, blame);
         }
+        record_pushback(&self.core, code, headers, &self.permit, now);
         let address = self.permit.endpoint().address();
         status::server_error(address, headers).map_or(Ok(trailers), Err)
     }

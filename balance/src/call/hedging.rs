@@ -158,10 +158,14 @@ impl Hedging {
         while self.may_send() {
             let Conclusion { core, call, .. } = &self.conclusion;
             let shared = core.shared();
+            let Some(place) = shared.place() else {
+                break;
+            };
             let snapshot = shared.snapshot(&call.pick_key, self.history.draw(), SCAN_LIMIT);
             let Pick::Taken(permit) = self.history.pick_new(&snapshot) else {
                 break;
             };
+            place.keep();
             drop(snapshot);
             // With large metadata, a hedge would need a private connection, so none is sent.
             if !has_small_metadata(&self.conclusion.call, &permit) {

@@ -219,9 +219,10 @@ impl History {
 
     /// Picks a connection, preferably to an endpoint that the call has not used. If all ready endpoints that the call has not used are full
     /// (have no free stream), picks a used endpoint. With `avoid_used_endpoints`, returns `Full` in this case, so that the call waits for a
-    /// free stream.
+    /// free stream. An endpoint with as many requests as its limit allows counts as full, but the call never waits for it while another
+    /// endpoint can take the call.
     pub(super) fn pick(&self, snapshot: &Snapshot, avoid_used_endpoints: bool) -> Pick<Permit> {
-        let mut is_full = false;
+        let (mut is_full, mut is_limited) = (false, false);
         if !self.avoided.is_empty() {
             let last = self.avoided.last();
             let is_last = |connection: &Arc<ReadyConnection>| {
@@ -229,6 +230,7 @@ impl History {
             };
             match self.pick_new(snapshot) {
                 Pick::Excluded => {}
+                Pick::Limited => is_limited = true,
                 Pick::Full if !avoid_used_endpoints => is_full = true,
                 pick => return pick,
             }
@@ -236,6 +238,7 @@ impl History {
                 .pick(|connection| self.is_untried_endpoint(connection) && !is_last(connection))
             {
                 Pick::Excluded => {}
+                Pick::Limited => is_limited = true,
                 Pick::Full => is_full = true,
                 pick => return pick,
             }
@@ -254,7 +257,8 @@ impl History {
             pick => pick,
         };
         match picked {
-            Pick::Excluded if is_full => Pick::Full,
+            Pick::Excluded | Pick::Limited if is_full => Pick::Full,
+            Pick::Excluded if is_limited => Pick::Limited,
             pick => pick,
         }
     }

@@ -27,6 +27,7 @@ mod message_limits;
 pub(crate) mod method_config;
 mod observation;
 mod prepare;
+mod pushback;
 mod request;
 mod request_headers;
 pub(crate) mod retry;

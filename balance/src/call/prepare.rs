@@ -85,16 +85,19 @@ async fn dial_private(
     permit: Permit,
     history: &mut History,
 ) -> Prepared {
-    // The permit on the shared connection is not needed any more.
     let endpoint = Arc::clone(permit.endpoint());
-    drop(permit);
+    // The permit on the shared connection is not needed any more, unless it holds the place of the call below a limit on requests.
+    let place = Some(permit).filter(|_| core.shared().limits_requests());
     let dial_permit = endpoint.dial_permit().await;
     if !history.is_suspect() && metadata <= endpoint.largest_metadata() {
         // In the meantime, another call has shown that the endpoint accepts this size, so this call can use a shared connection.
         return Prepared::Unfit;
     }
     // Boxed, because the future of a handshake is large and would enlarge the future of every queued call.
-    let dialled = Box::pin(core.shared().dial_private(&endpoint, metadata, dial_permit));
+    let dialled = Box::pin(
+        core.shared()
+            .dial_private(&endpoint, metadata, dial_permit, place),
+    );
     match dialled.await {
         Ok(permit) => Prepared::Ready(permit),
         Err(error) => {

@@ -147,6 +147,9 @@ impl Attempts {
         let Some((code, pushback)) = self.conclusion.record_failure(outcome) else {
             return Decision::GiveUp(None);
         };
+        if outcome.as_ref().is_err_and(|failed| failed.is_limited) {
+            return Decision::GiveUp(None);
+        }
         let Conclusion { core, call, .. } = &self.conclusion;
         let policy = core
             .method_config(call)

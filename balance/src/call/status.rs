@@ -234,6 +234,39 @@ pub(super) fn wait_queue_full(core: &Core, limit: usize) -> Status {
     ))
 }
 
+/// Returns the status of a call that was not sent, because the channel has `max` requests already.
+#[cold]
+pub(super) fn channel_limited(core: &Core, max: usize) -> Status {
+    limited(
+        core,
+        &format!("the channel has {max} requests in flight, which is its limit"),
+    )
+}
+
+/// Returns the status of a call that was not sent, because all endpoints have as many requests as their limit allows.
+#[cold]
+pub(super) fn endpoints_limited(core: &Core) -> Status {
+    let max = core
+        .shared()
+        .max_requests_per_endpoint()
+        .unwrap_or_default();
+    limited(
+        core,
+        &format!("each ready endpoint has {max} requests in flight, which is its limit"),
+    )
+}
+
+fn limited(core: &Core, reason: &str) -> Status {
+    if let Some(metrics) = &core.metrics {
+        metrics.on_dropped();
+    }
+    let endpoint_counts = endpoint_counts(core, &core.shared().summary());
+    Status::unavailable(format!(
+        "{}: {reason}; the call was not sent ({endpoint_counts})",
+        core.service
+    ))
+}
+
 /// Returns the status of a call whose deadline passed while it was `doing` something.
 pub(super) fn deadline_exceeded(core: &Core, deadline: Deadline, doing: &str) -> Status {
     let endpoint_counts = endpoint_counts(core, &core.shared().summary());

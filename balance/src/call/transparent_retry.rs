@@ -17,7 +17,7 @@ use super::http_status::{Head, failure};
 use super::prepare::{Prepared, prepare};
 use super::request::Call;
 use super::status;
-use super::wait_for_endpoint::wait_for_endpoint;
+use super::wait_for_endpoint::{Unavailable, wait_for_endpoint};
 use crate::balance::{Blame, Endpoint, Permit};
 use crate::transport::deadline::Deadline;
 use crate::transport::h2_error::{is_connection_lost, is_unprocessed};
@@ -37,6 +37,8 @@ pub(super) struct Failed {
     pub(super) endpoint: Option<Arc<Endpoint>>,
     /// The body for another attempt, if one is possible.
     pub(super) body: Option<Outgoing>,
+    /// Whether a limit on requests was reached. The call is then not sent again (gRFC A32).
+    pub(super) is_limited: bool,
 }
 
 impl Failed {
@@ -46,6 +48,14 @@ impl Failed {
             status,
             endpoint: None,
             body: None,
+            is_limited: false,
+        }
+    }
+
+    fn limited(status: Status) -> Self {
+        Self {
+            is_limited: true,
+            ..Self::permanent(status)
         }
     }
 
@@ -54,6 +64,7 @@ impl Failed {
             status,
             endpoint: Some(Arc::clone(permit.endpoint())),
             body,
+            is_limited: false,
         }
     }
 
@@ -62,6 +73,7 @@ impl Failed {
             status,
             endpoint: None,
             body: Some(body),
+            is_limited: false,
         }
     }
 }
@@ -108,6 +120,7 @@ pub(super) async fn send(
                 call.end_unsent_span(error.status().code());
                 return Err(match error {
                     PickError::NoEndpoint(status) => Failed::unsent(status, body),
+                    PickError::Limited(status) => Failed::limited(status),
                     PickError::Refused(status) => Failed::permanent(status),
                 });
             }
@@ -146,6 +159,8 @@ pub(super) async fn send(
 pub(super) enum PickError {
     /// No endpoint can take the call.
     NoEndpoint(Status),
+    /// A limit on requests is reached.
+    Limited(Status),
     /// The deadline has passed, or the picked endpoint would not accept the call, because the metadata is too large.
     Refused(Status),
 }
@@ -158,13 +173,13 @@ impl PickError {
 
     fn status(&self) -> &Status {
         match self {
-            Self::NoEndpoint(status) | Self::Refused(status) => status,
+            Self::NoEndpoint(status) | Self::Limited(status) | Self::Refused(status) => status,
         }
     }
 
     pub(super) fn into_status(self) -> Status {
         match self {
-            Self::NoEndpoint(status) | Self::Refused(status) => status,
+            Self::NoEndpoint(status) | Self::Limited(status) | Self::Refused(status) => status,
         }
     }
 }
@@ -188,7 +203,10 @@ pub(super) async fn pick_prepared(
                 call.trace.as_deref(),
             )
             .await;
-            waited.map_err(PickError::NoEndpoint)?
+            waited.map_err(|unavailable| match unavailable {
+                Unavailable::NoEndpoint(status) => PickError::NoEndpoint(status),
+                Unavailable::Limited(status) => PickError::Limited(status),
+            })?
         };
         match prepare(core, call, permit, history).await {
             Ok(Prepared::Ready(permit)) => return Ok(permit),

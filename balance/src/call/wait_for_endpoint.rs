@@ -1,5 +1,5 @@
 //! The wait of a call while no endpoint is ready, or while all streams of the ready endpoints are in use. If no endpoint is expected to
-//! become ready, the call fails at once. With the option `wait_for_ready`, it waits instead.
+//! become ready, or if a limit on requests is reached, the call fails at once. With the option `wait_for_ready`, it waits instead.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,7 +10,9 @@ use tonic::Status;
 use super::core::Core;
 use super::history::History;
 use super::status;
-use crate::balance::{Awaited, Permit, Pick, PickKey, SCAN_LIMIT, Summary, Waiting};
+use crate::balance::{
+    Awaited, Permit, Pick, PickKey, Place, PlaceWait, Reserved, SCAN_LIMIT, Summary, Waiting,
+};
 use crate::traces::CallTrace;
 
 /// Picks a connection that the call has not tried, and waits until one is available. Returns an error if no such connection is expected to
@@ -21,13 +23,14 @@ pub(super) async fn wait_for_endpoint(
     key: &PickKey,
     wait_for_ready: bool,
     trace: Option<&CallTrace>,
-) -> Result<Permit, Status> {
+) -> Result<Permit, Unavailable> {
     // Yields to the scheduler when the task's cooperative budget is used up. Otherwise, a caller that retries failing calls in a tight loop
     // would starve the channel's background task (the driver), although the calls wait for this task.
     tokio::task::coop::consume_budget().await;
     let shared = core.shared();
     if history.is_exhausted() {
-        return Err(history.take_status(core, &shared.summary(), "refused"));
+        let status = history.take_status(core, &shared.summary(), "refused");
+        return Err(Unavailable::NoEndpoint(status));
     }
     let mut wait = Wait::new(core, history, key, wait_for_ready, trace);
     loop {
@@ -35,14 +38,24 @@ pub(super) async fn wait_for_endpoint(
         let changed = shared.changed().notified();
         tokio::pin!(changed);
         changed.as_mut().enable();
+        if wait.place.is_none() && !wait.take_place()? {
+            tokio::select! {
+                biased;
+                place = given(&mut wait.awaited_place) => wait.set_place(place),
+                () = changed => {}
+            }
+            continue;
+        }
         let (until, awaited) = match wait.pick() {
             Picked::Permit(permit) => {
                 wait.delays.on_picked();
                 return Ok(permit);
             }
             Picked::Fail(summary, why) => {
-                return Err(wait.history.take_status(core, &summary, &why));
+                let status = wait.history.take_status(core, &summary, &why);
+                return Err(Unavailable::NoEndpoint(status));
             }
+            Picked::Limited => return Err(Unavailable::Limited(status::endpoints_limited(core))),
             Picked::AwaitsSet => {
                 // The pick has woken the driver, which publishes the set. The call is not in the queue in the meantime: the queue would hand
                 // it a stream of any selected endpoint.
@@ -56,7 +69,7 @@ pub(super) async fn wait_for_endpoint(
         // Wakes the driver. If all streams of an endpoint are in use, the driver dials one more connection to it. The driver also dials the
         // resting subchannels, which wait until a call needs them.
         shared.demand();
-        if wait.join(awaited)? {
+        if wait.join(awaited).map_err(Unavailable::NoEndpoint)? {
             // From now on, the queue hands streams that become free to this call. The next iteration searches the set for streams that
             // became free earlier.
             continue;
@@ -66,15 +79,23 @@ pub(super) async fn wait_for_endpoint(
         };
         tokio::select! {
             biased;
-            permit = queued.permit() => {
+            stream = queued.stream() => {
                 wait.delays.on_picked();
-                return Ok(wait.prefer(permit));
+                return Ok(wait.use_stream(stream));
             }
             () = changed => {}
             () = sleep_until(until) => {}
         }
         wait.on_time(Instant::now());
     }
+}
+
+/// Why a call got no permit.
+pub(super) enum Unavailable {
+    /// No endpoint can take the call.
+    NoEndpoint(Status),
+    /// A limit on requests is reached. The call is not sent again.
+    Limited(Status),
 }
 
 /// The wait of one call.
@@ -84,6 +105,10 @@ struct Wait<'a> {
     key: &'a PickKey,
     waits_for_ready: bool,
     delays: Delays<'a>,
+    /// The place of the call below the limit of the channel. The call has none while no endpoint is ready.
+    place: Option<Place>,
+    /// The wait for such a place, once the call has joined the queue for it.
+    awaited_place: Option<PlaceWait>,
     /// The place of the call in the wait queue, once the call has joined it.
     queued: Option<Waiting>,
     /// Until this time, the call waits for a stream of a full endpoint instead of using an endpoint where it has failed.
@@ -102,6 +127,8 @@ enum Picked {
     AwaitsSet,
     /// The call fails for this reason.
     Fail(Summary, Arc<str>),
+    /// The call fails because all endpoints have as many requests as their limit allows.
+    Limited,
 }
 
 impl<'a> Wait<'a> {
@@ -121,6 +148,8 @@ impl<'a> Wait<'a> {
             key,
             waits_for_ready: wait_for_ready,
             delays: Delays::new(trace),
+            place: None,
+            awaited_place: None,
             queued: None,
         }
     }
@@ -136,19 +165,35 @@ impl<'a> Wait<'a> {
             0
         };
         let draw = self.history.draw();
-        let snapshot = shared.snapshot(self.key, draw, scan_limit.max(SCAN_LIMIT));
+        let mut snapshot = shared.snapshot(self.key, draw, scan_limit.max(SCAN_LIMIT));
         self.delays.on_snapshot(snapshot.summary());
-        let next = match self.history.pick(&snapshot, self.avoid_until.is_some()) {
-            Pick::Taken(permit) => return Picked::Permit(permit),
+        let avoids = self.avoid_until.is_some();
+        let mut picked = self.history.pick(&snapshot, avoids);
+        if matches!(picked, Pick::Limited) && !self.waits_for_ready {
+            // The call fails only if no endpoint at all is below its limit.
+            snapshot.scan_all();
+            picked = self.history.pick(&snapshot, avoids);
+        }
+        let next = match picked {
+            Pick::Taken(permit) => {
+                keep(&mut self.place);
+                return Picked::Permit(permit);
+            }
+            Pick::Limited if !self.waits_for_ready => return Picked::Limited,
             _ if snapshot.awaits_set() => return Picked::AwaitsSet,
             Pick::Excluded if self.history.is_refusal_final() => Next::fail("refused"),
-            Pick::Full | Pick::Excluded => {
+            Pick::Full | Pick::Limited | Pick::Excluded => {
                 let last_resorts = snapshot.awaits_last_resorts();
                 let again = last_resorts.then(|| Instant::now() + LAST_RESORT_POLL);
                 let until = [self.avoid_until, self.silent_until, again];
                 Next::Wait(until.into_iter().flatten().min())
             }
             Pick::Empty => {
+                // Calls to other endpoints may need the place.
+                if shared.request_limit().is_some() {
+                    self.place = None;
+                    self.queued = None;
+                }
                 let (_, pending) = snapshot.endpoints_and_pending();
                 let summary = Summary {
                     pending,
@@ -175,25 +220,69 @@ impl<'a> Wait<'a> {
         }
         let waiters = self.core.shared().waiters();
         let exclusions = self.history.exclusions(self.avoid_until.is_some());
-        let joined = waiters.join(exclusions, awaited);
+        let joined = waiters.join(exclusions, awaited, self.place.is_some());
         let full = || status::wait_queue_full(self.core, waiters.limit());
         self.queued = Some(joined.ok_or_else(full)?);
         self.delays.has_waited = true;
-        Ok(true)
+        // Without a place, the call waits for the next publication only.
+        Ok(self.place.is_some())
     }
 
-    /// Picks again for a call to which the queue has given a permit, if the policy picks the endpoint by data of the call. The queue hands
-    /// over the first stream that becomes free, and the policy may prefer one that became free after it. The permit is kept until the pick
+    /// Takes a free place below the limit of the channel. Returns false if the call must wait for one.
+    fn take_place(&mut self) -> Result<bool, Unavailable> {
+        let shared = self.core.shared();
+        let Some(limit) = shared.request_limit() else {
+            self.place = Some(Place::unlimited());
+            return Ok(true);
+        };
+        let summary = shared.summary();
+        if let Some(why) = &summary.ended {
+            let status = self.history.take_status(self.core, &summary, why);
+            return Err(Unavailable::NoEndpoint(status));
+        }
+        if self.awaited_place.is_some() {
+            return Ok(false);
+        }
+        // A call without a place gets no stream from the wait queue, so it joins the queue again.
+        self.queued = None;
+        if let Some(place) = limit.place() {
+            self.place = Some(place);
+            return Ok(true);
+        }
+        if !self.waits_for_ready {
+            let status = status::channel_limited(self.core, limit.max());
+            return Err(Unavailable::Limited(status));
+        }
+        let waiters = shared.waiters();
+        let room = waiters.limit().saturating_sub(waiters.waiting());
+        let full = || {
+            let status = status::wait_queue_full(self.core, waiters.limit());
+            Unavailable::NoEndpoint(status)
+        };
+        self.awaited_place = Some(limit.join(room).ok_or_else(full)?);
+        self.delays.has_waited = true;
+        Ok(false)
+    }
+
+    /// Ends the wait for a place.
+    fn set_place(&mut self, place: Option<Place>) {
+        self.awaited_place = None;
+        self.place = place;
+    }
+
+    /// Converts a stream that the queue has handed over. If the policy picks the endpoint by data of the call, picks again. The queue hands
+    /// over the first stream that becomes free, and the policy may prefer one that became free after it. The stream is kept until the pick
     /// has succeeded, so the call never waits twice.
-    fn prefer(&mut self, given: Permit) -> Permit {
+    fn use_stream(&mut self, given: Reserved) -> Permit {
+        keep(&mut self.place);
         if !self.key.has_preference() {
-            return given;
+            return given.into_permit();
         }
         let shared = self.core.shared();
         let snapshot = shared.snapshot(self.key, self.history.draw(), SCAN_LIMIT);
         match self.history.pick(&snapshot, self.avoid_until.is_some()) {
             Pick::Taken(preferred) => preferred,
-            _ => given,
+            _ => given.into_permit(),
         }
     }
 
@@ -208,6 +297,21 @@ impl<'a> Wait<'a> {
             self.silent_until = None;
             self.queued = None;
         }
+    }
+}
+
+/// Leaves the place of a call to its permit.
+fn keep(place: &mut Option<Place>) {
+    if let Some(place) = place.take() {
+        place.keep();
+    }
+}
+
+/// Waits until the queue has passed a place to the call.
+async fn given(wait: &mut Option<PlaceWait>) -> Option<Place> {
+    match wait {
+        Some(wait) => wait.await.ok(),
+        None => None,
     }
 }
 

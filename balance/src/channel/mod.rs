@@ -9,6 +9,7 @@ mod dns;
 pub(crate) mod error;
 mod keep_alive;
 mod keep_alive_options;
+mod limit_options;
 mod method_options;
 mod pick_options;
 mod service_config;

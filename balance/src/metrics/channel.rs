@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use super::instrument::{
-    DETECTION_METHOD, EJECTIONS_ENFORCED, EJECTIONS_UNENFORCED, LOCALITY, UNENFORCED_REASON,
+    DETECTION_METHOD, EJECTIONS_ENFORCED, EJECTIONS_UNENFORCED, LB_DROPPED_CALLS, LOCALITY,
+    UNENFORCED_REASON,
 };
 use super::interned::Interned;
 use super::method::MethodMetrics;
@@ -24,6 +25,7 @@ pub(crate) struct ChannelMetrics {
     security_level: &'static str,
     success_rate: EjectionCounters,
     failure_percentage: EjectionCounters,
+    dropped_calls: Option<Box<dyn Counter>>,
 }
 
 /// The ejections of one sweep by one method.
@@ -95,6 +97,7 @@ impl ChannelMetrics {
             security_level,
             success_rate: EjectionCounters::new(&scope, "success_rate"),
             failure_percentage: EjectionCounters::new(&scope, "failure_percentage"),
+            dropped_calls: scope.metrics.counter(&LB_DROPPED_CALLS, &scope.labels(&[])),
             scope,
         }
     }
@@ -123,6 +126,13 @@ impl ChannelMetrics {
             })
         });
         of_zone.unwrap_or_else(|| Arc::clone(&self.without_zone))
+    }
+
+    /// Counts a call that failed because a limit on requests was reached.
+    pub(crate) fn on_dropped(&self) {
+        if let Some(counter) = &self.dropped_calls {
+            counter.add(1);
+        }
     }
 
     /// Records the ejections of a sweep.

@@ -266,7 +266,14 @@ pub(crate) static LB_WAITING_CALLS: Instrument = Instrument::new(
     Kind::Gauge,
     "tonic_etcd.lb.waiting_calls",
     "{call}",
-    "Calls that wait for an endpoint or a free stream.",
+    "Calls that wait for an endpoint, for a free stream, or for a place below a limit on requests.",
+    PER_CHANNEL,
+);
+pub(crate) static LB_DROPPED_CALLS: Instrument = Instrument::new(
+    Kind::Counter,
+    "tonic_etcd.lb.dropped_calls",
+    "{call}",
+    "Calls that failed because a limit on requests was reached.",
     PER_CHANNEL,
 );
 
@@ -276,7 +283,7 @@ pub fn instruments() -> &'static [&'static Instrument] {
     &ALL
 }
 
-static ALL: [&Instrument; 17] = [
+static ALL: [&Instrument; 18] = [
     &ATTEMPT_STARTED,
     &ATTEMPT_DURATION,
     &ATTEMPT_SENT,
@@ -294,6 +301,7 @@ static ALL: [&Instrument; 17] = [
     &EJECTIONS_UNENFORCED,
     &LB_ENDPOINTS,
     &LB_WAITING_CALLS,
+    &LB_DROPPED_CALLS,
 ];
 
 static LATENCY: [f64; 41] = [

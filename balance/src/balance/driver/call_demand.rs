@@ -4,6 +4,7 @@
 //! - to dial *resting* connections, which were closed while no call needed them;
 //! - to check *silent* connections, on which nothing was read for a while;
 //! - to quarantine an endpoint whose responses are not gRPC;
+//! - to keep new calls away from an endpoint whose server has sent a pushback;
 //! - to add a ready set for a selection, or to change the traffic split;
 //! - to add a connection to an endpoint whose streams are all in use.
 //!
@@ -23,6 +24,7 @@ impl Driver {
         self.wake_resting();
         self.check_silent();
         self.quarantine_reported();
+        self.add_pushbacks();
         self.reconfigure();
         self.update_selections();
         self.scaling.request(Instant::now());

@@ -116,7 +116,13 @@ impl Driver {
         );
         let metrics = self.options.metrics.as_ref();
         let metrics = metrics.map(|metrics| metrics.subchannel(entry.attributes.zone()));
-        let connection = Arc::new(connection.with_record(metrics.map(ConnectionRecord::open)));
+        let connection = connection
+            .with_record(metrics.map(ConnectionRecord::open))
+            .with_requests(entry.requests.clone());
+        let connection = Arc::new(connection);
+        if let Some(requests) = &entry.requests {
+            requests.add_connection(&connection);
+        }
         connection.update_stream_limit();
         let weak = Arc::downgrade(&connection);
         // The callback holds a weak reference, so that it does not keep the connection open.

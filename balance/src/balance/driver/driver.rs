@@ -14,6 +14,7 @@ use super::endpoint_entry::EndpointEntry;
 use super::event_queue::Events;
 use super::outlier_schedule::OutlierSchedule;
 use super::pending_publication::PendingPublication;
+use super::pushbacks::Pushbacks;
 use super::quarantine::Quarantines;
 use super::ready_set_pair::ReadySets;
 use super::reported_weights::ReportedWeights;
@@ -72,6 +73,9 @@ pub(in crate::balance) struct Driver {
     pub(super) reported_weights: ReportedWeights,
     pub(super) detection: OutlierSchedule,
     pub(super) quarantines: Quarantines,
+    pub(super) pushbacks: Pushbacks,
+    /// The endpoints that get no ordinary calls because of a pushback.
+    pub(super) pushed_back: Vec<Address>,
     refreshed_at: Instant,
     /// Whether a connection was in use at the last refresh or within the 10 s before it.
     in_use: bool,
@@ -115,6 +119,8 @@ impl Driver {
             reported_weights: ReportedWeights::new(options.load_weights.clone(), now),
             detection: OutlierSchedule::new(options.outlier_detection.clone(), now),
             quarantines: Quarantines::default(),
+            pushbacks: Pushbacks::default(),
+            pushed_back: Vec::new(),
             refreshed_at: now,
             in_use: true,
             options,
@@ -160,6 +166,9 @@ impl Driver {
         if self.detection.is_due(now) {
             self.detect_outliers(now);
         }
+        if self.pushbacks.is_due(now) {
+            self.check_pushbacks(now);
+        }
         // The subset is updated before a publication. If all its endpoints are failing, calls then wait for the endpoints that replace them,
         // and do not fail.
         self.update_due_subset();
@@ -182,6 +191,7 @@ impl Driver {
             self.scaling.next(),
             self.subset.as_ref().and_then(EndpointSubset::next),
             self.reported_weights.next(),
+            self.pushbacks.next(),
         ];
         let first = wakes.into_iter().flatten().min();
         let refresh = self.refresh_at();
@@ -203,6 +213,7 @@ impl Driver {
         self.grow_weights(now);
         self.wake_resting_for_calls();
         self.end_quarantines(now);
+        self.pushbacks.recheck(now);
         self.dial_second_connections(now);
         self.remove_connections(now);
         self.sweep_selections(now);

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use tokio::time::Instant;
 use tower::discover::Change;
 
 use super::driver::Driver;
@@ -81,6 +82,7 @@ impl Driver {
         if is_new_generation {
             entry.on_new_generation();
             self.quarantines.forget(address);
+            self.pushbacks.forget(address, Instant::now());
             self.reported_weights.forget(address);
         }
         for id in subchannels {
@@ -102,7 +104,9 @@ impl Driver {
         let dial = !attributes.is_last_resort();
         let keep_alive = self.connector.http2.keep_alive;
         let max_backoff = self.options.max_backoff;
-        let entry = EndpointEntry::new(endpoint, attributes, max_backoff, keep_alive);
+        let max_requests = self.options.max_requests_per_endpoint;
+        let entry = EndpointEntry::new(endpoint, attributes, max_backoff, keep_alive)
+            .with_max_requests(max_requests);
         let added = (&entry.attributes, entry.class);
         self.selections.recount(address, None, Some(added));
         self.endpoints.insert(address.clone(), entry);
@@ -182,6 +186,7 @@ impl Driver {
         self.selections.recount(address, Some(removed), None);
         self.slow_start.forget(address);
         self.quarantines.forget(address);
+        self.pushbacks.forget(address, Instant::now());
         self.reported_weights.forget(address);
         let mut has_calls = false;
         for id in entry.subchannels {

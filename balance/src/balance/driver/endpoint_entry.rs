@@ -7,7 +7,9 @@ use super::second_connection::SecondConnection;
 use super::subchannel_table::{Class, SubchannelId};
 use crate::attributes::Attributes;
 use crate::balance::endpoint::{Endpoint, Tally};
+use crate::balance::endpoint_requests::EndpointRequests;
 use crate::balance::outlier::{Counts, Ejection};
+use crate::balance::ready_connection::SharedRequests;
 use crate::transport::stall_detection::KeepAlive;
 
 /// An endpoint, its subchannels, and what was observed about its server.
@@ -18,6 +20,10 @@ pub(super) struct EndpointEntry {
     pub(super) subchannels: Vec<SubchannelId>,
     pub(super) class: Class,
     pub(super) ejection: Ejection,
+    /// Whether a pushback of the server keeps ordinary calls away.
+    pub(super) is_pushed_back: bool,
+    /// The requests of the endpoint, if their number is limited.
+    pub(super) requests: Option<SharedRequests>,
     /// The second connection, which is dialled while another connection is silent (nothing was read on it for a while). When one of the two
     /// answers, the second connection becomes a regular connection or is closed.
     pub(super) second: SecondConnection,
@@ -44,6 +50,8 @@ impl EndpointEntry {
             subchannels: Vec::new(),
             class: Class::Failing,
             ejection: Ejection::default(),
+            is_pushed_back: false,
+            requests: None,
             second: SecondConnection::new(max_backoff),
             is_warm: false,
             keep_alive,
@@ -51,10 +59,17 @@ impl EndpointEntry {
         }
     }
 
+    /// Limits the number of requests.
+    pub(super) fn with_max_requests(mut self, max: Option<u32>) -> Self {
+        self.requests = max.map(|max| Arc::new(EndpointRequests::new(max)));
+        self
+    }
+
     /// Discards the observations that are not valid for another server. Called for a new generation of the endpoint: another server has the
     /// address now, or the server was restarted.
     pub(super) fn on_new_generation(&mut self) {
         self.ejection = Ejection::default();
+        self.is_pushed_back = false;
         self.second.reset_backoff();
         self.is_warm = false;
         self.endpoint.forget();

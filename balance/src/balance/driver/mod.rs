@@ -12,6 +12,7 @@ mod endpoint_changes;
 mod health_watch;
 mod outliers_and_quarantine;
 mod publish;
+mod pushbacks;
 mod reconfigure;
 mod silence;
 mod subset_changes;

@@ -1,5 +1,5 @@
-//! Excludes endpoints from ordinary picks, either because too many of their calls failed (ejection), or because their responses are not
-//! gRPC (quarantine). Such an endpoint gets calls only while no other endpoint is ready.
+//! Excludes endpoints from ordinary picks: because too many of their calls failed (ejection), because their responses are not gRPC
+//! (quarantine), or because their servers request a wait (pushback). Such an endpoint gets calls only while no other endpoint is ready.
 
 use std::sync::Arc;
 
@@ -7,7 +7,11 @@ use tokio::time::Instant;
 
 use super::driver::Driver;
 use super::endpoint_entry::EndpointEntry;
+use super::pushbacks::take_effect;
+use super::subchannel_table::SubchannelId;
 use crate::address::Address;
+use crate::balance::endpoint_status::EjectionReason;
+use crate::balance::health_status::Health;
 
 impl Driver {
     /// Runs the outlier detection on the calls since the last sweep.
@@ -70,5 +74,67 @@ impl Driver {
             self.update_ready_sets(&address);
             self.reclassify(&address);
         }
+    }
+
+    /// Adds the pushbacks that calls have reported.
+    pub(super) fn add_pushbacks(&mut self) {
+        let now = Instant::now();
+        for endpoint in self.shared.take_pushed_back() {
+            let address = endpoint.address();
+            let entry = self.endpoints.get(address);
+            let is_current = entry.is_some_and(|entry| Arc::ptr_eq(&entry.endpoint, &endpoint));
+            if let Some(end) = endpoint.pushback().filter(|_| is_current) {
+                self.pushbacks.add(address, end, now);
+            }
+        }
+    }
+
+    /// Decides which endpoints get no ordinary calls because of a pushback.
+    pub(super) fn check_pushbacks(&mut self, now: Instant) {
+        let before = self.pushed_back.clone();
+        let endpoints = &self.endpoints;
+        let end = |address: &Address| endpoints.get(address)?.endpoint.pushback();
+        let mut after = self.pushbacks.check(now, end);
+        // Endpoints that are excluded for another reason do not count.
+        let connections = |addresses: &[Address], is_pushed_back: bool| {
+            let entries = addresses
+                .iter()
+                .filter_map(|address| self.endpoints.get(address));
+            let entries = entries.filter(|entry| entry.is_pushed_back == is_pushed_back);
+            let ids = entries.flat_map(|entry| &entry.subchannels);
+            ids.filter(|id| self.is_ordinary(**id)).count()
+        };
+        let (new, old) = (connections(&after, false), connections(&after, true));
+        let returning = connections(&before, true);
+        if !take_effect(new + old, self.ready_sets.primary_len() + returning) {
+            after.clear();
+        }
+        for address in before.iter().chain(&after) {
+            let is_pushed_back = after.contains(address);
+            let Some(entry) = self.endpoints.get_mut(address) else {
+                continue;
+            };
+            if std::mem::replace(&mut entry.is_pushed_back, is_pushed_back) != is_pushed_back {
+                tracing::debug!(%address, is_pushed_back, "the pushback of an endpoint has begun or ended");
+                self.update_ready_sets(address);
+            }
+        }
+        self.pushed_back = after;
+    }
+
+    /// Returns whether calls pick the connection, or would pick it if its endpoint had sent no pushback.
+    fn is_ordinary(&self, id: SubchannelId) -> bool {
+        let Some((address, subchannel)) = self.subchannels.ready(id) else {
+            return false;
+        };
+        let Some(entry) = self.endpoints.get(address) else {
+            return false;
+        };
+        let is_excluded = !matches!(
+            self.ejection_reason(entry),
+            None | Some(EjectionReason::Pushback)
+        );
+        let answers = *subchannel.health() == Health::Serving && !subchannel.is_stalled();
+        answers && !is_excluded && !entry.attributes.is_last_resort()
     }
 }

@@ -72,7 +72,10 @@ impl Driver {
             return Some(EjectionReason::Outlier);
         }
         let is_quarantined = self.quarantines.is_quarantined(entry.endpoint.address());
-        is_quarantined.then_some(EjectionReason::NotGrpc)
+        if is_quarantined {
+            return Some(EjectionReason::NotGrpc);
+        }
+        entry.is_pushed_back.then_some(EjectionReason::Pushback)
     }
 
     /// Returns the current weight of an endpoint's connections.

@@ -120,6 +120,11 @@ impl<E: Entry> ReadySets<E> {
         self.primary.contains(&id)
     }
 
+    /// Returns the number of entries in the primary set.
+    pub(super) fn primary_len(&self) -> usize {
+        self.primary.len()
+    }
+
     /// Returns the entries of the primary set.
     pub(super) fn primary(&self) -> impl Iterator<Item = &E> {
         self.primary.entries()

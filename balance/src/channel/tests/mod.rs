@@ -26,10 +26,12 @@ use crate::{
 mod faults;
 mod greeter;
 mod hashing;
+mod limits;
 mod load_reports;
 mod messages;
 mod metrics;
 mod pick_policy;
+mod pushback;
 mod routes;
 mod selection;
 #[cfg(feature = "service-config")]
