@@ -121,11 +121,13 @@ bench-peers: setup ## Compare the channel with grpc-go and tonic-xds, if Go is i
 		BENCH_PEERS=$$folder $(CARGO) bench --locked --bench peers -- $(PEERS); \
 	fi
 
-# The same cases on processes and in virtual time, the differences of the two, and the pictures of docs/policies.md.
+# The same cases on processes and in virtual time, the differences of the two, and the tables and pictures of docs/policies.md. POLICIES
+# selects cases on processes: make bench-policies POLICIES="Slow,4 Flapping". POLICIES_SECONDS=3 makes all times shorter, to try it out.
 bench-policies: setup ## Compare the load-balancing policies, on processes and in a simulation, which needs Python 3
 	@mkdir -p target
 	TEST_POLICIES=1 $(CARGO) test --profile bench --locked -p tonic-balance --lib -- --nocapture --exact balance::tests::policies::the_policies_in_virtual_time > target/policies-simulated.txt
-	$(CARGO) bench --locked --bench policies | tee target/policies-processes.txt
+	folder=$$(CARGO="$(CARGO)" scripts/setup-bench-peers go) && \
+		BENCH_PEERS=$$folder $(CARGO) bench --locked --bench policies -- $(POLICIES) > target/policies-processes.txt
 	benches/plot target/policies-simulated.txt target/policies-processes.txt
 
 # FLEET has the scenarios and the options: make fleet FLEET="rest restart --number 300". etcd is the one of ETCD_BIN.

@@ -10,7 +10,9 @@
 //!
 //! Each client is a process of its own: this program, or one of those that `scripts/setup-bench-peers` builds. grpc-go and the channel find
 //! the servers in etcd. tonic-xds finds them through a control plane that watches the same keys. The clients take turns in every round. CPU
-//! is the CPU time that the operating system accounts to the client process.
+//! is the CPU time that the operating system accounts to the client process. Its two parts are the time in the client's own code (user time)
+//! and in the kernel on its behalf (system time). Linux divides the time by what runs at each tick of its timer, so the parts are less exact
+//! than their sum.
 #![allow(
     missing_docs,
     unreachable_pub,

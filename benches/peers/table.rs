@@ -10,8 +10,9 @@ pub struct Sample {
     calls: f64,
     failed: f64,
     rate: f64,
-    /// CPU time of a call, in microseconds.
-    cpu: f64,
+    /// CPU time of a call, in microseconds: that of the client's own code, and that of the kernel.
+    user: f64,
+    system: f64,
     /// Percentiles of the latency, in milliseconds.
     p50: f64,
     p99: f64,
@@ -24,24 +25,29 @@ impl Sample {
             .split_whitespace()
             .map(|number| number.parse().unwrap())
             .collect();
-        let [calls, failed, cpu, p50, p99, _p999] = numbers[..] else {
-            panic!("six numbers are required: {line}");
+        let [calls, failed, user, system, p50, p99, _p999] = numbers[..] else {
+            panic!("seven numbers are required: {line}");
         };
         Self {
             calls,
             failed,
             rate: calls / duration.as_secs_f64(),
-            cpu: cpu / calls,
+            user: user / calls,
+            system: system / calls,
             p50: p50 / 1e3,
             p99: p99 / 1e3,
         }
+    }
+
+    fn cpu(&self) -> f64 {
+        self.user + self.system
     }
 }
 
 /// Prints medians, with the least and the greatest value in parentheses. The ratios are those of the first peer to the peer of the row.
 pub fn print(title: &str, peers: &[Peer], samples: &[Vec<Sample>]) {
     println!(
-        "\n{title}\n\n| client | calls/s | CPU per call | p50 | p99 | our CPU per call to this one | our p99 to this one | failed |\n|---|---|---|---|---|---|---|---|"
+        "\n{title}\n\n| client | calls/s | CPU per call | its own code | kernel | p50 | p99 | our CPU per call to this one | own code | our p99 to this one | failed |\n|---|---|---|---|---|---|---|---|---|---|---|"
     );
     for (peer, own) in peers.iter().zip(samples) {
         let spread = |figure: fn(&Sample) -> f64, digits: usize| {
@@ -61,13 +67,16 @@ pub fn print(title: &str, peers: &[Peer], samples: &[Vec<Sample>]) {
             )
         };
         println!(
-            "| {} | {} | {} us | {} ms | {} ms | {:.2} | {:.2} | {} |",
+            "| {} | {} | {} us | {} us | {} us | {} ms | {} ms | {:.2} | {:.2} | {:.2} | {} |",
             peer.name(),
             spread(|sample| sample.rate, 0),
-            spread(|sample| sample.cpu, 1),
+            spread(Sample::cpu, 1),
+            spread(|sample| sample.user, 1),
+            spread(|sample| sample.system, 1),
             spread(|sample| sample.p50, 2),
             spread(|sample| sample.p99, 2),
-            ratio(|sample| sample.cpu),
+            ratio(Sample::cpu),
+            ratio(|sample| sample.user),
             ratio(|sample| sample.p99),
             own.iter().map(|sample| sample.failed).sum::<f64>(),
         );

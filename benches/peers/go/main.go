@@ -1,4 +1,4 @@
-// The programs in Go that `make bench-peers` starts: the client of grpc-go, and a control plane for tonic-xds.
+// The programs in Go that `make bench-peers` and `make bench-policies` start: the clients of grpc-go, and a control plane for tonic-xds.
 package main
 
 import (
@@ -8,7 +8,7 @@ import (
 
 func main() {
 	if len(os.Args) < 2 {
-		fail(fmt.Errorf("usage: client|ads ARGUMENT..."))
+		fail(fmt.Errorf("usage: client|ads|policies ARGUMENT..."))
 	}
 	var err error
 	switch mode, args := os.Args[1], os.Args[2:]; mode {
@@ -16,6 +16,8 @@ func main() {
 		err = client(args)
 	case "ads":
 		err = ads(args)
+	case "policies":
+		err = policies(args)
 	default:
 		err = fmt.Errorf("unknown mode %q", mode)
 	}
