@@ -112,7 +112,7 @@ impl Lookup for SrvLookup {
     type Attributes = Attributes;
 
     async fn lookup(&mut self) -> Result<Found<Attributes>, String> {
-        let resolver = Arc::new(resolver(self.name_servers.clone()).await);
+        let resolver = Arc::new(stub_resolver(self.name_servers.clone()).await);
         let answer = isolated(Arc::clone(&resolver), self.name.clone(), Rtype::SRV).await?;
         let records = srv_records(&answer)?;
         match &records[..] {
@@ -131,11 +131,11 @@ impl Lookup for SrvLookup {
             trouble: None,
         };
         for group in by_priority(records) {
-            let addresses = self.resolve(&group, &mut progress).await;
+            let found = self.resolve(&group, &mut progress).await;
             let resolved: Vec<_> = group
                 .iter()
                 .map(|record| {
-                    let addresses = addresses.get(&record.target);
+                    let addresses = found.get(&record.target);
                     (record, addresses.cloned().unwrap_or_default())
                 })
                 .collect();
@@ -159,7 +159,7 @@ impl Lookup for SrvLookup {
 
 /// Creates a resolver with these name servers, or else with those of the system. It is created for each lookup, because the system's
 /// configuration can change.
-async fn resolver(name_servers: Vec<SocketAddr>) -> StubResolver {
+async fn stub_resolver(name_servers: Vec<SocketAddr>) -> StubResolver {
     let mut conf = ResolvConf::new();
     if name_servers.is_empty() {
         // This reads a file.
@@ -200,7 +200,7 @@ async fn query(
         match resolver.query::<&DnsName, _>((name, rtype)).await {
             Ok(answer) if answer.is_final() => return Ok(answer.into_message()),
             Ok(answer) if answer.is_truncated() => {
-                "the answer is truncated".clone_into(&mut failure)
+                "the answer is truncated".clone_into(&mut failure);
             }
             Ok(answer) => failure = format!("the name server returned {}", answer.header().rcode()),
             Err(error) => failure = error.to_string(),

@@ -145,20 +145,17 @@ impl<L: Lookup> Task<L> {
     /// Returns the time from the end of a lookup to the next one: the time for which the records are valid, within limits, or the backoff
     /// after a failure.
     fn next_wait(&mut self, outcome: &Result<Allowed<L::Attributes>, String>) -> Duration {
-        match outcome {
-            Ok(Allowed {
-                ttl, trouble: None, ..
-            }) => {
-                self.backoff = FIRST_BACKOFF;
-                let ttl = ttl.map_or(self.interval, |ttl| ttl.max(MIN_INTERVAL));
-                ttl.min(self.interval)
-            }
-            _ => {
-                let wait = self.backoff;
-                self.backoff = (self.backoff * 2).min(self.interval);
-                wait
-            }
+        if let Ok(Allowed {
+            ttl, trouble: None, ..
+        }) = outcome
+        {
+            self.backoff = FIRST_BACKOFF;
+            let ttl = ttl.map_or(self.interval, |ttl| ttl.max(MIN_INTERVAL));
+            return ttl.min(self.interval);
         }
+        let wait = self.backoff;
+        self.backoff = (self.backoff * 2).min(self.interval);
+        wait
     }
 
     fn apply(&mut self, outcome: Result<Allowed<L::Attributes>, String>) {
