@@ -15,10 +15,14 @@ mod interop_greeter;
 #[cfg(feature = "orca")]
 #[path = "interop/load_reports.rs"]
 mod load_reports;
+#[path = "interop/overload.rs"]
+mod overload;
 #[path = "interop/peer.rs"]
 mod peer;
 #[path = "interop/service_config.rs"]
 mod service_config;
+#[path = "limit/workers.rs"]
+mod workers;
 
 use std::collections::BTreeMap;
 use std::fs;

@@ -34,8 +34,8 @@ use super::gradient::{Bounds, End};
 ///
 /// # Latencies
 ///
-/// - The latency of a call is the time for which it was in flight, until its response began. If the handler has waited for the client, the
-///   time begins with the last frame. A call whose handler has waited more than twice has no latency, because it is a stream.
+/// - The latency of a call is the time for which it was in flight, until its response began. So it does not contain the time in which the
+///   handler waited for the client. A call has no latency if the handler stopped waiting although no frame arrived.
 /// - A call that fails before it sends a message has no latency, because a rejection may be much faster than the work that it avoids.
 /// - A call that is dropped because its client cancels it or its deadline passes, and a call that fails with `CANCELLED` or
 ///   `DEADLINE_EXCEEDED`, counts with its latency so far if that is more than the latency without a queue. As long as that is unknown, the calls of the same
@@ -46,16 +46,17 @@ use super::gradient::{Bounds, End};
 /// - The limit starts at 32. All clones of the layer share one limit, so it applies to all connections of a server together.
 /// - A window is the calls that are accepted in 100 ms, or in the time for 20 calls if that is longer, or for 1 000 calls if that is shorter.
 ///   When nine tenths of them have ended, the layer takes the latency that a quarter of them exceeds. Then the next window begins.
-/// - A window is *loaded* if at least half of the limit was in flight, or if a quarter of the calls did not end by themselves (such a window
-///   is *late*). A window that is not loaded raises a limit below 32 by one step, up to 32, and does not change it otherwise.
+/// - A window is *loaded* if at least half of the limit was in flight, or if half of the calls did not end by themselves (such a window is
+///   *late*). A window that is not loaded raises a limit below 32 by one step, up to 32, and does not change it otherwise.
 /// - After a loaded window, the limit is multiplied by 1.25 times the ratio of the latency without a queue to the latency of the window, but
 ///   by 0.5 at least and by 1.25 at most. Then 0.75 is added. So a server with `n` workers gets a limit of about 1.25 `n` + 0.75. A late
 ///   window does not increase the limit, and halves it as long as the latency without a queue is unknown.
 /// - Only a measurement of the latency without a queue reduces the limit by more than half: a latency that has another cause than a queue,
 ///   such as a slow database, does not fall with the limit. The measurement then follows, at the earliest 1 s after the last one, and ends
 ///   at its first limit if the latency is the same there. While only such measurements follow each other, the time grows to 4 s, 16 s, 30 s.
-/// - If calls were late before the measurement, and at its end with a limit of `min` still are, or the part of the calls that is late is more
-///   than half of that before, the limit is not the cause. Then the limit returns to the value from which it fell.
+/// - If half of the calls were late before the measurement, and at its end with a limit of `min` still are, or the part of the calls that is
+///   late is more than half of that before, the limit is not the cause. Then the limit returns to the value from which it fell, and the
+///   latency without a queue changes as after other measurements.
 /// - The latency without a queue is that of the first window. After a window that is not loaded, it moves a quarter of the way to the latency
 ///   of the window. After a loaded window with a smaller latency, it moves by a thousandth of the way for each call of the window.
 /// - Under load, the latency without a queue is measured. For that, the limit is halved until 30 calls have been accepted and nine tenths of
@@ -71,6 +72,8 @@ use super::gradient::{Bounds, End};
 ///
 /// The service gets a request with the body [`LimitRequestBody`]. So layers between this layer and the services must accept any body, as
 /// those of tonic and tower do. Add this layer last if one does not.
+///
+/// The deadlines of the calls should be at least twice the latency without a queue. A call that is dropped earlier does not show a queue.
 ///
 /// A server with methods of very different latencies should have one layer per service (`tonic::service::LayerExt::named_layer`), because
 /// the limit follows one percentile of all calls.

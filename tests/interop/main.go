@@ -23,6 +23,7 @@ func main() {
 		"golden":         golden,
 		"channelz":       channelz,
 		"orca-server":    orcaServer,
+		"overload":       overload,
 		"orca-client":    orcaClient,
 		"orca-balance":   orcaBalance,
 		"service-config": serviceConfig,

@@ -210,21 +210,55 @@ async fn a_latency_does_not_contain_the_wait_for_the_client() {
     assert_eq!(layer.baseline(), Some(10 * MILLI));
 }
 
+/// An upload in many frames, for example of a large message.
 #[tokio::test(start_paused = true)]
-async fn a_call_that_is_paced_by_its_client_has_no_latency() {
+async fn a_call_whose_handler_waits_many_times_counts_with_the_time_of_its_work() {
     let layer = AdaptiveLimitLayer::new();
     for _ in 0..30 {
         let (client, mut response) = call(&layer, upload);
-        for _ in 0..3 {
+        for _ in 0..10 {
             assert!(response.poll().is_pending());
+            sleep(1_000 * MILLI).await;
             client.send(Bytes::new()).unwrap();
             assert!(response.poll().is_pending());
-            sleep(10 * MILLI).await;
+            sleep(MILLI).await;
         }
+        assert!(response.poll().is_pending());
         drop(client);
         response.await.unwrap();
     }
-    assert_eq!(layer.baseline(), None);
+    assert_eq!(layer.baseline(), Some(10 * MILLI));
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_end_of_a_wait_without_a_frame_is_no_latency() {
+    let layer = AdaptiveLimitLayer::new();
+    for number in 0..100 {
+        let (client, mut response) = call(&layer, upload);
+        assert!(response.poll().is_pending());
+        client.send(Bytes::new()).unwrap();
+        assert!(response.poll().is_pending());
+        sleep(MILLI).await;
+        assert!(response.poll().is_pending());
+        assert_eq!(layer.in_flight(), 0);
+        // The caller cancels.
+        drop(response);
+        assert_eq!(layer.in_flight(), 0);
+        // The handler continues without the request.
+        let (_client, response) = call(&layer, async |body| {
+            {
+                let mut body = Box::pin(body);
+                let late = tokio::time::timeout(MILLI, frame(&mut body.as_mut())).await;
+                assert!(late.is_err());
+            }
+            sleep(MILLI).await;
+            Response::new(())
+        });
+        response.await.unwrap();
+        assert_eq!(layer.baseline(), None, "after {number} calls");
+    }
+    serve(&layer, 30, 10 * MILLI).await;
+    assert_eq!(layer.baseline(), Some(10 * MILLI));
 }
 
 #[tokio::test(start_paused = true)]
