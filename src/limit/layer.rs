@@ -8,7 +8,9 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use http::{HeaderValue, Request, Response};
+use http_body::Body;
 use pin_project_lite::pin_project;
+use tokio::time::{Sleep, sleep};
 use tonic::{Code, Status};
 use tower::{Layer, Service};
 
@@ -19,7 +21,7 @@ use super::gradient::{Bounds, End};
 /// A [`tower::Layer`] for a server, which limits the number of calls in flight and adapts the limit to their latency. See the
 /// [module](super).
 ///
-/// A call over the limit fails at once with `RESOURCE_EXHAUSTED`. The header `grpc-retry-pushback-ms` of the response is the time after which
+/// A call over the limit fails with `RESOURCE_EXHAUSTED`, when its first message has arrived or after 20 ms. The header `grpc-retry-pushback-ms` of the response is the time after which
 /// clients with a [retry policy](crate::RetryPolicy) send the call again (gRFC A6): twice the latency without a queue, but 10 ms at least and
 /// 1 s at most.
 /// Calls of the health service are never refused and do not count.
@@ -171,10 +173,11 @@ pub struct AdaptiveLimit<S> {
 impl<S, B, R> Service<Request<B>> for AdaptiveLimit<S>
 where
     S: Service<Request<LimitRequestBody<B>>, Response = Response<R>>,
+    B: Body,
 {
     type Response = Response<LimitBody<R>>;
     type Error = S::Error;
-    type Future = LimitFuture<S::Future>;
+    type Future = LimitFuture<S::Future, B>;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
         self.inner.poll_ready(cx)
@@ -186,7 +189,7 @@ where
         } else {
             match Call::accept(&self.limit.shared) {
                 Ok(call) => Some(call),
-                Err(pushback) => return LimitFuture::refused(pushback),
+                Err(pushback) => return LimitFuture::refused(pushback, request.into_body()),
             }
         };
         let in_flight = call.clone().map(InFlight);
@@ -203,15 +206,15 @@ where
 pin_project! {
     /// The response future of [`AdaptiveLimit`].
     #[must_use = "futures do nothing unless polled"]
-    pub struct LimitFuture<F> {
+    pub struct LimitFuture<F, B> {
         #[pin]
-        state: State<F>,
+        state: State<F, B>,
     }
 }
 
 pin_project! {
     #[project = StateProjection]
-    enum State<F> {
+    enum State<F, B> {
         Served {
             #[pin]
             future: F,
@@ -219,21 +222,30 @@ pin_project! {
         },
         Refused {
             pushback: Duration,
+            #[pin]
+            body: B,
+            expires: Option<Pin<Box<Sleep>>>,
         },
     }
 }
 
-impl<F> LimitFuture<F> {
-    fn refused(pushback: Duration) -> Self {
+impl<F, B> LimitFuture<F, B> {
+    fn refused(pushback: Duration, body: B) -> Self {
+        let expires = None;
         Self {
-            state: State::Refused { pushback },
+            state: State::Refused {
+                pushback,
+                body,
+                expires,
+            },
         }
     }
 }
 
-impl<F, R, E> Future for LimitFuture<F>
+impl<F, B, R, E> Future for LimitFuture<F, B>
 where
     F: Future<Output = Result<Response<R>, E>>,
+    B: Body,
 {
     type Output = Result<Response<LimitBody<R>>, E>;
 
@@ -247,12 +259,23 @@ where
                 *in_flight = None;
                 Poll::Ready(Ok(response?.map(|body| LimitBody::new(Some(body)))))
             }
-            StateProjection::Refused { pushback } => Poll::Ready(Ok(refusal(*pushback))),
+            StateProjection::Refused {
+                pushback,
+                body,
+                expires,
+            } => {
+                // h2 closes a connection after about 2 000 small messages that arrive after the response to their call.
+                if body.poll_frame(cx).is_pending() {
+                    let expires = expires.get_or_insert_with(|| Box::pin(sleep(MESSAGE_TIMEOUT)));
+                    ready!(expires.as_mut().poll(cx));
+                }
+                Poll::Ready(Ok(refusal(*pushback)))
+            }
         }
     }
 }
 
-impl<F> fmt::Debug for LimitFuture<F> {
+impl<F, B> fmt::Debug for LimitFuture<F, B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("LimitFuture").finish_non_exhaustive()
     }
@@ -286,6 +309,8 @@ fn end<R>(response: &Response<R>) -> End {
 
 /// Health checks must succeed while a server is overloaded: otherwise, the load moves to the other servers, and these become overloaded too.
 const HEALTH: &str = "/grpc.health.v1.Health/";
+/// The message of a unary call usually arrives with the head of the request.
+const MESSAGE_TIMEOUT: Duration = Duration::from_millis(20);
 /// gRFC A6.
 const PUSHBACK_HEADER: &str = "grpc-retry-pushback-ms";
 /// A server may have a single worker. A larger limit would keep a queue.

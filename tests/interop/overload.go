@@ -28,6 +28,8 @@ type overloadReport struct {
 	Ok      int `json:"ok"`
 	Refused int `json:"refused"`
 	Failed  int `json:"failed"`
+	// The other errors, and their numbers.
+	Errors map[string]int `json:"errors"`
 	// In milliseconds, of calls that succeeded at the first attempt.
 	P99 float64 `json:"p99"`
 	// Attempts that were refused with a pushback, and those that were refused without one.
@@ -120,6 +122,7 @@ func (r *overloadReport) call(client pb.GreeterClient, measured bool) {
 		r.Refused++
 	default:
 		r.Failed++
+		r.Errors[err.Error()]++
 	}
 }
 
@@ -148,7 +151,7 @@ func overload(args []string) error {
 		defer connection.Close()
 		clients[i] = pb.NewGreeterClient(connection)
 	}
-	report := &overloadReport{}
+	report := &overloadReport{Errors: map[string]int{}}
 	ticks := time.NewTicker(time.Second / time.Duration(*rate))
 	defer ticks.Stop()
 	var calls sync.WaitGroup

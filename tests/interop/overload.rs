@@ -1,5 +1,6 @@
 //! grpc-go as the client of an overloaded server with our limit of the concurrency.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use serde::Deserialize;
@@ -14,6 +15,7 @@ struct Outcome {
     ok: u32,
     refused: u32,
     failed: u32,
+    errors: BTreeMap<String, u32>,
     /// Of the calls that succeed at the first attempt.
     p99: f64,
     pushbacks: u32,
@@ -42,7 +44,7 @@ async fn a_go_client_waits_for_the_pushback_of_an_overloaded_server() {
     let printed = go.run_for(Duration::from_secs(seconds), &arguments).await;
     let outcome: Outcome = serde_json::from_str(&printed).unwrap();
     println!("200 calls/s for {seconds} s, at a capacity of 100 calls/s: {outcome:?}");
-    assert_eq!(outcome.failed, 0);
+    assert_eq!(outcome.failed, 0, "{:?}", outcome.errors);
     assert!(server.limit().await <= 12);
     let part = f64::from(outcome.ok) / 100.0 / Duration::from_secs(seconds).as_secs_f64();
     assert!(part >= goodput, "{part}");

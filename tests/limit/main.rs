@@ -22,6 +22,8 @@ use support::greeter::greeter_client::GreeterClient;
 use support::greeter::greeter_server::GreeterServer;
 use support::{Registered, SERVICE, eventually, hello, registry};
 use tokio::sync::{Semaphore, mpsc};
+use tokio::task::JoinSet;
+use tokio_stream::StreamExt;
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::Code;
 use tonic::service::LayerExt;
@@ -160,6 +162,36 @@ async fn streams_whose_clients_send_nothing_do_not_block_a_server() {
     }
     assert_eq!(world.limit.in_flight(), 0);
     assert_eq!(world.limit.refused(), 0);
+    world.server.stopped().await.unwrap();
+}
+
+/// h2 closes a connection after about 2 000 small messages that arrive after the response to their call.
+#[tokio::test(flavor = "multi_thread")]
+async fn thousands_of_refusals_do_not_close_a_connection() {
+    let world = World::new(AdaptiveLimitLayer::with_bounds(1, 1), 0, Duration::ZERO).await;
+    let mut waiting = world.client.clone();
+    let waiting = tokio::spawn(async move { waiting.say_hello(hello()).await });
+    eventually("a call is in flight", async || world.limit.in_flight() == 1).await;
+    let client = support::connect(&world.address).await;
+    for _ in 0..100 {
+        let mut calls = JoinSet::new();
+        for _ in 0..40 {
+            let mut client = client.clone();
+            calls.spawn(async move {
+                let late = tokio_stream::once(()).then(async |()| {
+                    tokio::time::sleep(Duration::from_millis(2)).await;
+                    hello()
+                });
+                client.greet_all(late).await
+            });
+        }
+        while let Some(refused) = calls.join_next().await {
+            let refused = refused.unwrap().unwrap_err();
+            assert_eq!(refused.code(), Code::ResourceExhausted, "{refused:?}");
+        }
+    }
+    world.free.add_permits(1);
+    waiting.await.unwrap().unwrap();
     world.server.stopped().await.unwrap();
 }
 

@@ -89,7 +89,10 @@ impl Comparison {
         println!("{kind:?}, deadline {deadline:?}: capacity {capacity:.1} calls/s");
         println!("without load: {}", comparison.without_load);
         println!("without the layer: {}", comparison.without_layer);
-        println!("with the layer, whose limit is {limit}: {}", comparison.with_layer);
+        println!(
+            "with the layer, whose limit is {limit}: {}",
+            comparison.with_layer
+        );
         let (goodput, p99) = (comparison.goodput(), comparison.p99());
         println!("{goodput:.2} of the capacity, p99 {p99:.2} times that without load");
         comparison

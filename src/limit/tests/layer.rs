@@ -314,6 +314,23 @@ async fn calls_that_are_dropped_at_their_deadline_reduce_the_limit() {
     assert_eq!(limit_after_late_calls(Some("5")).await, 32);
 }
 
+/// A message that arrives after the response to its call counts against its connection.
+#[tokio::test(start_paused = true)]
+async fn a_refusal_waits_for_the_first_message_for_a_short_time() {
+    let layer = AdaptiveLimitLayer::with_bounds(1, 1);
+    let (_client, mut first) = call(&layer, async |_| std::future::pending().await);
+    assert!(first.poll().is_pending());
+    let start = Instant::now();
+    let (client, mut refused) = call(&layer, upload);
+    assert!(refused.poll().is_pending());
+    client.send(Bytes::new()).unwrap();
+    assert!(is_refused(&refused.await));
+    assert_eq!(Instant::now(), start);
+    let (_client, refused) = call(&layer, upload);
+    assert!(is_refused(&refused.await));
+    assert_eq!(Instant::now().saturating_duration_since(start), 20 * MILLI);
+}
+
 #[test]
 fn the_bounds_are_raised_to_one_and_to_each_other() {
     assert_eq!(AdaptiveLimitLayer::with_bounds(0, 0).limit(), 1);
@@ -354,7 +371,7 @@ fn time_of_calls(layer: &AdaptiveLimitLayer) -> Duration {
     let mut cx = Context::from_waker(waker);
     let start = Instant::now();
     for _ in 0..CALLS {
-        let mut response = pin!(service.call(Request::new(())));
+        let mut response = pin!(service.call(Request::new(String::new())));
         assert!(response.as_mut().poll(&mut cx).is_ready());
     }
     Instant::now().saturating_duration_since(start)
