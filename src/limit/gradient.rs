@@ -261,11 +261,13 @@ impl Gradient {
         let has_queue = is_late || measured.latency < probe.before * QUEUED;
         let half = self.half(probe.limit);
         if self.is_in_vain(probe, measured) {
-            // The calls are late for another reason than a queue, so a lower limit would only refuse calls. With the previous baseline, the
-            // next late window would halve the limit again.
+            // The calls are late for another reason than a queue, so a lower limit would only refuse calls.
             self.set_limit(self.probed_limit);
             self.end_probe(probe, now);
-            self.learn(measured.latency);
+            if is_late {
+                // Also at the smallest limit, so there is no queue. With the previous baseline, the next late window would halve the limit.
+                self.learn(measured.latency);
+            }
             return;
         }
         if has_queue && half < probe.limit {

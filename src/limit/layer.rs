@@ -57,8 +57,8 @@ use super::gradient::{Bounds, End};
 ///   such as a slow database, does not fall with the limit. The measurement then follows, at the earliest 1 s after the last one, and ends
 ///   at its first limit if the latency is the same there. While only such measurements follow each other, the time grows to 4 s, 16 s, 30 s.
 /// - If half of the calls were late before the measurement, and at its end with a limit of `min` still are, or the part of the calls that is
-///   late is more than half of that before, the limit is not the cause. Then the limit returns to the value from which it fell, and the
-///   latency without a queue changes as after other measurements.
+///   late is more than half of that before, the limit is not the cause. Then the limit returns to the value from which it fell. If the
+///   calls still are late at `min`, the latency without a queue changes as after other measurements.
 /// - The latency without a queue is that of the first window. After a window that is not loaded, it moves a quarter of the way to the latency
 ///   of the window. After a loaded window with a smaller latency, it moves by a thousandth of the way for each call of the window.
 /// - Under load, the latency without a queue is measured. For that, the limit is halved until 30 calls have been accepted and nine tenths of

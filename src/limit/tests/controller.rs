@@ -218,9 +218,9 @@ fn a_third_of_the_calls_over_their_deadline_neither_pins_nor_reduces_the_limit()
 
 #[test]
 fn calls_that_are_all_late_without_a_queue_keep_the_limit() {
-    for percent in [60, 80, 100] {
+    for percent in [90, 100] {
         for seed in 0..10 {
-            // 10 calls are in flight before, and 34 to 50 then.
+            // 10 calls are in flight before, and 46 to 50 then.
             let simulation = Simulation {
                 loads: &[0.001],
                 ..disturbed(Disturbance::SlowShare(percent), Some(50_000), 60)
