@@ -15,12 +15,16 @@ mod interop_greeter;
 #[cfg(feature = "orca")]
 #[path = "interop/load_reports.rs"]
 mod load_reports;
+#[path = "interop/overload.rs"]
+mod overload;
 #[path = "interop/peer.rs"]
 mod peer;
 #[path = "interop/pushback.rs"]
 mod pushback;
 #[path = "interop/service_config.rs"]
 mod service_config;
+#[path = "limit/workers.rs"]
+mod workers;
 
 use std::collections::BTreeMap;
 use std::fs;

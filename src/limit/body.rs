@@ -56,7 +56,11 @@ impl Wait {
 impl Drop for Wait {
     fn drop(&mut self) {
         // The handler may continue without the rest of the request.
-        self.set(false);
+        if let Some(call) = &self.call
+            && self.is_waiting
+        {
+            call.abandon();
+        }
     }
 }
 

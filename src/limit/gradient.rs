@@ -62,7 +62,7 @@ struct Probe {
     before: f64,
     /// Whether it began because the limit could not fall without it.
     is_urgent: bool,
-    /// The part of the calls that did not end by themselves before the probe, if those were too many. Otherwise, it is 0.
+    /// The part of the calls that did not end by themselves before the probe, if that was at least half. Otherwise, it is 0.
     late_share: f64,
     expires: Instant,
 }
@@ -161,7 +161,7 @@ impl Gradient {
 
     fn end_window(&mut self, measured: Measurement, now: Instant) {
         // If the deadlines are short, they bound the number of calls in flight, and not the limit.
-        let is_late = measured.is_lower_bound;
+        let is_late = measured.is_late;
         let is_loaded = is_late || as_f64(measured.in_flight) >= self.limit / 2.0;
         let is_first = self.baseline.is_none();
         if !is_late {
@@ -246,7 +246,7 @@ impl Gradient {
             limit: self.half(self.limit),
             before,
             is_urgent,
-            late_share: if measured.is_lower_bound {
+            late_share: if measured.is_late {
                 measured.late_share
             } else {
                 0.0
@@ -257,13 +257,17 @@ impl Gradient {
 
     /// Ends the measurement at one limit of a probe.
     fn end_level(&mut self, probe: Probe, measured: Measurement, now: Instant) {
-        let is_late = measured.is_lower_bound;
+        let is_late = measured.is_late;
         let has_queue = is_late || measured.latency < probe.before * QUEUED;
         let half = self.half(probe.limit);
         if self.is_in_vain(probe, measured) {
             // The calls are late for another reason than a queue, so a lower limit would only refuse calls.
             self.set_limit(self.probed_limit);
             self.end_probe(probe, now);
+            if is_late {
+                // Also at the smallest limit, so there is no queue. With the previous baseline, the next late window would halve the limit.
+                self.learn(measured.latency);
+            }
             return;
         }
         if has_queue && half < probe.limit {
@@ -282,7 +286,11 @@ impl Gradient {
         self.set_limit(self.limit.min(probe.limit * 2.0));
         self.probed_limit = self.limit;
         self.end_probe(probe, now);
-        let latency = measured.latency;
+        self.learn(measured.latency);
+    }
+
+    /// Changes the baseline to the result of a probe.
+    fn learn(&mut self, latency: f64) {
         self.baseline = Some(match self.baseline {
             Some(known) if SIMILAR.contains(&(latency / known)) => f64::midpoint(known, latency),
             _ => latency,
@@ -291,10 +299,10 @@ impl Gradient {
 
     /// Returns whether a probe that began because calls were late has shown that a lower limit does not help.
     fn is_in_vain(&self, probe: Probe, measured: Measurement) -> bool {
-        if measured.is_lower_bound {
+        if measured.is_late {
             return self.half(probe.limit) >= probe.limit;
         }
-        // With few calls, a part of them that is about a quarter is sometimes less by chance.
+        // With few calls, a part of them that is about half is sometimes less by chance.
         probe.late_share > 0.0 && measured.late_share > probe.late_share / 2.0
     }
 

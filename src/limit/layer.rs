@@ -8,7 +8,9 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use http::{HeaderValue, Request, Response};
+use http_body::Body;
 use pin_project_lite::pin_project;
+use tokio::time::{Sleep, sleep};
 use tonic::{Code, Status};
 use tower::{Layer, Service};
 
@@ -19,7 +21,7 @@ use super::gradient::{Bounds, End};
 /// A [`tower::Layer`] for a server, which limits the number of calls in flight and adapts the limit to their latency. See the
 /// [module](super).
 ///
-/// A call over the limit fails at once with `RESOURCE_EXHAUSTED`. The header `grpc-retry-pushback-ms` of the response is the time after which
+/// A call over the limit fails with `RESOURCE_EXHAUSTED`, when its first message has arrived or after 20 ms. The header `grpc-retry-pushback-ms` of the response is the time after which
 /// clients with a [retry policy](crate::RetryPolicy) send the call again (gRFC A6): twice the latency without a queue, but 10 ms at least and
 /// 1 s at most.
 /// Calls of the health service are never refused and do not count.
@@ -34,8 +36,8 @@ use super::gradient::{Bounds, End};
 ///
 /// # Latencies
 ///
-/// - The latency of a call is the time for which it was in flight, until its response began. If the handler has waited for the client, the
-///   time begins with the last frame. A call whose handler has waited more than twice has no latency, because it is a stream.
+/// - The latency of a call is the time for which it was in flight, until its response began. So it does not contain the time in which the
+///   handler waited for the client. A call has no latency if the handler stopped waiting although no frame arrived.
 /// - A call that fails before it sends a message has no latency, because a rejection may be much faster than the work that it avoids.
 /// - A call that is dropped because its client cancels it or its deadline passes, and a call that fails with `CANCELLED` or
 ///   `DEADLINE_EXCEEDED`, counts with its latency so far if that is more than the latency without a queue. As long as that is unknown, the calls of the same
@@ -46,16 +48,17 @@ use super::gradient::{Bounds, End};
 /// - The limit starts at 32. All clones of the layer share one limit, so it applies to all connections of a server together.
 /// - A window is the calls that are accepted in 100 ms, or in the time for 20 calls if that is longer, or for 1 000 calls if that is shorter.
 ///   When nine tenths of them have ended, the layer takes the latency that a quarter of them exceeds. Then the next window begins.
-/// - A window is *loaded* if at least half of the limit was in flight, or if a quarter of the calls did not end by themselves (such a window
-///   is *late*). A window that is not loaded raises a limit below 32 by one step, up to 32, and does not change it otherwise.
+/// - A window is *loaded* if at least half of the limit was in flight, or if half of the calls did not end by themselves (such a window is
+///   *late*). A window that is not loaded raises a limit below 32 by one step, up to 32, and does not change it otherwise.
 /// - After a loaded window, the limit is multiplied by 1.25 times the ratio of the latency without a queue to the latency of the window, but
 ///   by 0.5 at least and by 1.25 at most. Then 0.75 is added. So a server with `n` workers gets a limit of about 1.25 `n` + 0.75. A late
 ///   window does not increase the limit, and halves it as long as the latency without a queue is unknown.
 /// - Only a measurement of the latency without a queue reduces the limit by more than half: a latency that has another cause than a queue,
 ///   such as a slow database, does not fall with the limit. The measurement then follows, at the earliest 1 s after the last one, and ends
 ///   at its first limit if the latency is the same there. While only such measurements follow each other, the time grows to 4 s, 16 s, 30 s.
-/// - If calls were late before the measurement, and at its end with a limit of `min` still are, or the part of the calls that is late is more
-///   than half of that before, the limit is not the cause. Then the limit returns to the value from which it fell.
+/// - If half of the calls were late before the measurement, and at its end with a limit of `min` still are, or the part of the calls that is
+///   late is more than half of that before, the limit is not the cause. Then the limit returns to the value from which it fell. If the
+///   calls still are late at `min`, the latency without a queue changes as after other measurements.
 /// - The latency without a queue is that of the first window. After a window that is not loaded, it moves a quarter of the way to the latency
 ///   of the window. After a loaded window with a smaller latency, it moves by a thousandth of the way for each call of the window.
 /// - Under load, the latency without a queue is measured. For that, the limit is halved until 30 calls have been accepted and nine tenths of
@@ -71,6 +74,8 @@ use super::gradient::{Bounds, End};
 ///
 /// The service gets a request with the body [`LimitRequestBody`]. So layers between this layer and the services must accept any body, as
 /// those of tonic and tower do. Add this layer last if one does not.
+///
+/// The deadlines of the calls should be at least twice the latency without a queue. A call that is dropped earlier does not show a queue.
 ///
 /// A server with methods of very different latencies should have one layer per service (`tonic::service::LayerExt::named_layer`), because
 /// the limit follows one percentile of all calls.
@@ -168,10 +173,11 @@ pub struct AdaptiveLimit<S> {
 impl<S, B, R> Service<Request<B>> for AdaptiveLimit<S>
 where
     S: Service<Request<LimitRequestBody<B>>, Response = Response<R>>,
+    B: Body,
 {
     type Response = Response<LimitBody<R>>;
     type Error = S::Error;
-    type Future = LimitFuture<S::Future>;
+    type Future = LimitFuture<S::Future, B>;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
         self.inner.poll_ready(cx)
@@ -183,7 +189,7 @@ where
         } else {
             match Call::accept(&self.limit.shared) {
                 Ok(call) => Some(call),
-                Err(pushback) => return LimitFuture::refused(pushback),
+                Err(pushback) => return LimitFuture::refused(pushback, request.into_body()),
             }
         };
         let in_flight = call.clone().map(InFlight);
@@ -200,15 +206,15 @@ where
 pin_project! {
     /// The response future of [`AdaptiveLimit`].
     #[must_use = "futures do nothing unless polled"]
-    pub struct LimitFuture<F> {
+    pub struct LimitFuture<F, B> {
         #[pin]
-        state: State<F>,
+        state: State<F, B>,
     }
 }
 
 pin_project! {
     #[project = StateProjection]
-    enum State<F> {
+    enum State<F, B> {
         Served {
             #[pin]
             future: F,
@@ -216,21 +222,30 @@ pin_project! {
         },
         Refused {
             pushback: Duration,
+            #[pin]
+            body: B,
+            expires: Option<Pin<Box<Sleep>>>,
         },
     }
 }
 
-impl<F> LimitFuture<F> {
-    fn refused(pushback: Duration) -> Self {
+impl<F, B> LimitFuture<F, B> {
+    fn refused(pushback: Duration, body: B) -> Self {
+        let expires = None;
         Self {
-            state: State::Refused { pushback },
+            state: State::Refused {
+                pushback,
+                body,
+                expires,
+            },
         }
     }
 }
 
-impl<F, R, E> Future for LimitFuture<F>
+impl<F, B, R, E> Future for LimitFuture<F, B>
 where
     F: Future<Output = Result<Response<R>, E>>,
+    B: Body,
 {
     type Output = Result<Response<LimitBody<R>>, E>;
 
@@ -244,12 +259,23 @@ where
                 *in_flight = None;
                 Poll::Ready(Ok(response?.map(|body| LimitBody::new(Some(body)))))
             }
-            StateProjection::Refused { pushback } => Poll::Ready(Ok(refusal(*pushback))),
+            StateProjection::Refused {
+                pushback,
+                body,
+                expires,
+            } => {
+                // h2 closes a connection after about 2 000 small messages that arrive after the response to their call.
+                if body.poll_frame(cx).is_pending() {
+                    let expires = expires.get_or_insert_with(|| Box::pin(sleep(MESSAGE_TIMEOUT)));
+                    ready!(expires.as_mut().poll(cx));
+                }
+                Poll::Ready(Ok(refusal(*pushback)))
+            }
         }
     }
 }
 
-impl<F> fmt::Debug for LimitFuture<F> {
+impl<F, B> fmt::Debug for LimitFuture<F, B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("LimitFuture").finish_non_exhaustive()
     }
@@ -283,6 +309,8 @@ fn end<R>(response: &Response<R>) -> End {
 
 /// Health checks must succeed while a server is overloaded: otherwise, the load moves to the other servers, and these become overloaded too.
 const HEALTH: &str = "/grpc.health.v1.Health/";
+/// The message of a unary call usually arrives with the head of the request.
+const MESSAGE_TIMEOUT: Duration = Duration::from_millis(20);
 /// gRFC A6.
 const PUSHBACK_HEADER: &str = "grpc-retry-pushback-ms";
 /// A server may have a single worker. A larger limit would keep a queue.

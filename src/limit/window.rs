@@ -36,8 +36,12 @@ pub(super) struct Window {
 pub(super) struct Measurement {
     /// The latency that a quarter of the calls exceeds.
     pub(super) latency: f64,
-    /// Whether the latency is known to be at least `latency`, but not how long it is, because too many calls have not ended by themselves.
-    pub(super) is_lower_bound: bool,
+    /// Whether at least half of the calls have not ended by themselves. Then the latency is at least `latency`, and may be much longer.
+    ///
+    /// With fewer such calls, `latency` may also be the time at which calls were dropped. Then it is treated as any other latency: if it has
+    /// another cause than a queue, it is the same at a lower limit. A smaller share would not be reliable, because with few calls, the share
+    /// differs by chance.
+    pub(super) is_late: bool,
     /// The part of the calls that have not ended by themselves.
     pub(super) late_share: f64,
     pub(super) calls: usize,
@@ -148,7 +152,7 @@ impl Window {
         let late = overruns + missing;
         Some(Measurement {
             latency,
-            is_lower_bound: late >= calls - rank,
+            is_late: late * 2 >= calls,
             late_share: as_f64(late) / as_f64(calls),
             calls,
             in_flight: self.in_flight,

@@ -24,6 +24,7 @@ func main() {
 		"channelz":       channelz,
 		"limited-server": limitedServer,
 		"orca-server":    orcaServer,
+		"overload":       overload,
 		"orca-client":    orcaClient,
 		"orca-balance":   orcaBalance,
 		"service-config": serviceConfig,

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::{Output, Stdio};
+use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -55,7 +56,12 @@ fn left_out(reason: &str) -> Option<Go> {
 impl Go {
     /// Runs a mode of the program to its end and returns its output.
     pub async fn run(&self, arguments: &[&str]) -> String {
-        let output = self.output(arguments).await;
+        self.run_for(Duration::ZERO, arguments).await
+    }
+
+    /// Runs a mode of the program that takes about this time. Returns its output.
+    pub async fn run_for(&self, time: Duration, arguments: &[&str]) -> String {
+        let output = self.output(time, arguments).await;
         let stderr = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "{arguments:?}: {stderr}");
         String::from_utf8(output.stdout).unwrap()
@@ -79,15 +85,15 @@ impl Go {
 
     /// Runs a mode of the program that must fail, and returns its error output.
     pub async fn fails(&self, arguments: &[&str]) -> String {
-        let output = self.output(arguments).await;
+        let output = self.output(Duration::ZERO, arguments).await;
         assert!(!output.status.success(), "{arguments:?} must fail");
         String::from_utf8(output.stderr).unwrap()
     }
 
-    async fn output(&self, arguments: &[&str]) -> Output {
+    async fn output(&self, time: Duration, arguments: &[&str]) -> Output {
         let mut command = Command::new(&self.0);
         command.args(arguments).kill_on_drop(true);
-        let output = timeout(SOON * 2, command.output()).await;
+        let output = timeout(time + SOON * 2, command.output()).await;
         let output = output.unwrap_or_else(|_| panic!("{arguments:?} timed out"));
         output.unwrap()
     }
@@ -256,7 +262,7 @@ impl Load {
             for (error, count) in std::mem::take(&mut tally.errors) {
                 *errors.entry(error).or_default() += count;
             }
-            tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+            tokio::time::sleep(Duration::from_millis(200)).await;
             let done = tally.ok > 30 && condition(&tally);
             found = Some(tally);
             done

@@ -4,7 +4,7 @@ use tokio::time::Instant;
 
 use super::simulation::{DEFAULT_BOUNDS, Distribution, Disturbance, Simulation};
 use crate::limit::gradient::{Bounds, End, Gradient};
-use crate::limit::window::{Accepted, Window};
+use crate::limit::window::{Accepted, Window, as_f64};
 
 /// Calls that are served one after the other, or all at once, as far as the controller sees.
 struct Calls {
@@ -195,6 +195,43 @@ fn a_quarter_of_the_calls_over_their_deadline_does_not_pin_the_limit() {
     }
 }
 
+/// The part of the calls that is late differs by chance between the measurements.
+#[test]
+fn a_third_of_the_calls_over_their_deadline_neither_pins_nor_reduces_the_limit() {
+    // 2, 4 and 15 calls are in flight before, and up to 36 then. The limit is 32 at first.
+    let loads: [&[f64]; 3] = [&[0.0002], &[0.0004], &[0.0015]];
+    for percent in [30, 35, 40] {
+        for load in loads {
+            for seed in 0..6 {
+                let simulation = Simulation {
+                    loads: load,
+                    ..disturbed(Disturbance::SlowShare(percent), Some(50_000), 60)
+                };
+                let outcome = simulation.run(DEFAULT_BOUNDS, seed);
+                let calls = load[0] * 1e6 * 45.0;
+                assert!(as_f64(outcome.refused_later) <= calls * 0.05);
+                assert!(outcome.limit >= 16.0);
+            }
+        }
+    }
+}
+
+#[test]
+fn calls_that_are_all_late_without_a_queue_keep_the_limit() {
+    for percent in [90, 100] {
+        for seed in 0..10 {
+            // 10 calls are in flight before, and 46 to 50 then.
+            let simulation = Simulation {
+                loads: &[0.001],
+                ..disturbed(Disturbance::SlowShare(percent), Some(50_000), 60)
+            };
+            let outcome = simulation.run(DEFAULT_BOUNDS, seed);
+            assert!(outcome.refused_later <= 45_000 / 5);
+            assert!(outcome.limit >= 32.0);
+        }
+    }
+}
+
 #[test]
 fn early_drops_do_not_keep_the_limit_at_one() {
     for percent in [40, 50, 60, 80] {
@@ -217,6 +254,45 @@ fn after_a_stall_the_limit_returns_in_a_calm() {
         let outcome = simulation.run(DEFAULT_BOUNDS, seed);
         assert!(outcome.smallest_limit < 32);
         assert!(outcome.limit >= 32.0);
+    }
+}
+
+/// As for a garbage collection. The server works for seven tenths of the time.
+#[test]
+fn pauses_of_the_process_do_not_keep_the_limit_low() {
+    for workers in [4, 16] {
+        for seed in 0..10 {
+            let simulation = Simulation {
+                disturbance: Disturbance::Pauses(300_000),
+                seconds: 40,
+                ..Simulation::overloaded(workers, SERVICE)
+            };
+            assert!(simulation.run(DEFAULT_BOUNDS, seed).goodput >= 0.6);
+        }
+    }
+}
+
+/// Two seconds with a fifth of the capacity, and two seconds with five times the capacity. The server can serve 0.6 of its capacity.
+#[test]
+fn bursts_of_seconds_are_served_at_nearly_the_capacity() {
+    const LOADS: [f64; 20] = {
+        let mut loads = [0.2; 20];
+        let mut burst = 1;
+        while burst < loads.len() {
+            loads[burst] = 5.0;
+            burst += 2;
+        }
+        loads
+    };
+    for workers in [4, 16] {
+        for seed in 0..10 {
+            let simulation = Simulation {
+                loads: &LOADS,
+                seconds: 40,
+                ..Simulation::overloaded(workers, SERVICE)
+            };
+            assert!(simulation.run(DEFAULT_BOUNDS, seed).goodput >= 0.55);
+        }
     }
 }
 

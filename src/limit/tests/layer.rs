@@ -210,21 +210,55 @@ async fn a_latency_does_not_contain_the_wait_for_the_client() {
     assert_eq!(layer.baseline(), Some(10 * MILLI));
 }
 
+/// An upload in many frames, for example of a large message.
 #[tokio::test(start_paused = true)]
-async fn a_call_that_is_paced_by_its_client_has_no_latency() {
+async fn a_call_whose_handler_waits_many_times_counts_with_the_time_of_its_work() {
     let layer = AdaptiveLimitLayer::new();
     for _ in 0..30 {
         let (client, mut response) = call(&layer, upload);
-        for _ in 0..3 {
+        for _ in 0..10 {
             assert!(response.poll().is_pending());
+            sleep(1_000 * MILLI).await;
             client.send(Bytes::new()).unwrap();
             assert!(response.poll().is_pending());
-            sleep(10 * MILLI).await;
+            sleep(MILLI).await;
         }
+        assert!(response.poll().is_pending());
         drop(client);
         response.await.unwrap();
     }
-    assert_eq!(layer.baseline(), None);
+    assert_eq!(layer.baseline(), Some(10 * MILLI));
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_end_of_a_wait_without_a_frame_is_no_latency() {
+    let layer = AdaptiveLimitLayer::new();
+    for number in 0..100 {
+        let (client, mut response) = call(&layer, upload);
+        assert!(response.poll().is_pending());
+        client.send(Bytes::new()).unwrap();
+        assert!(response.poll().is_pending());
+        sleep(MILLI).await;
+        assert!(response.poll().is_pending());
+        assert_eq!(layer.in_flight(), 0);
+        // The caller cancels.
+        drop(response);
+        assert_eq!(layer.in_flight(), 0);
+        // The handler continues without the request.
+        let (_client, response) = call(&layer, async |body| {
+            {
+                let mut body = Box::pin(body);
+                let late = tokio::time::timeout(MILLI, frame(&mut body.as_mut())).await;
+                assert!(late.is_err());
+            }
+            sleep(MILLI).await;
+            Response::new(())
+        });
+        response.await.unwrap();
+        assert_eq!(layer.baseline(), None, "after {number} calls");
+    }
+    serve(&layer, 30, 10 * MILLI).await;
+    assert_eq!(layer.baseline(), Some(10 * MILLI));
 }
 
 #[tokio::test(start_paused = true)]
@@ -280,6 +314,23 @@ async fn calls_that_are_dropped_at_their_deadline_reduce_the_limit() {
     assert_eq!(limit_after_late_calls(Some("5")).await, 32);
 }
 
+/// A message that arrives after the response to its call counts against its connection.
+#[tokio::test(start_paused = true)]
+async fn a_refusal_waits_for_the_first_message_for_a_short_time() {
+    let layer = AdaptiveLimitLayer::with_bounds(1, 1);
+    let (_client, mut first) = call(&layer, async |_| std::future::pending().await);
+    assert!(first.poll().is_pending());
+    let start = Instant::now();
+    let (client, mut refused) = call(&layer, upload);
+    assert!(refused.poll().is_pending());
+    client.send(Bytes::new()).unwrap();
+    assert!(is_refused(&refused.await));
+    assert_eq!(Instant::now(), start);
+    let (_client, refused) = call(&layer, upload);
+    assert!(is_refused(&refused.await));
+    assert_eq!(Instant::now().saturating_duration_since(start), 20 * MILLI);
+}
+
 #[test]
 fn the_bounds_are_raised_to_one_and_to_each_other() {
     assert_eq!(AdaptiveLimitLayer::with_bounds(0, 0).limit(), 1);
@@ -320,7 +371,7 @@ fn time_of_calls(layer: &AdaptiveLimitLayer) -> Duration {
     let mut cx = Context::from_waker(waker);
     let start = Instant::now();
     for _ in 0..CALLS {
-        let mut response = pin!(service.call(Request::new(())));
+        let mut response = pin!(service.call(Request::new(String::new())));
         assert!(response.as_mut().poll(&mut cx).is_ready());
     }
     Instant::now().saturating_duration_since(start)

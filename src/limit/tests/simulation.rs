@@ -51,6 +51,9 @@ pub(super) enum Disturbance {
     SlowShare(u64),
     /// All calls take ten times as long for one and a half seconds.
     Stall,
+    /// From the start, the process stops for this number of microseconds every second, as for a garbage collection. The calls that arrive
+    /// then are accepted afterwards, all at once.
+    Pauses(u64),
     /// From the start, this percentage of the calls is dropped after a fifth of the service time.
     EarlyDrops(usize),
 }
@@ -159,7 +162,7 @@ impl Run {
                 self.endings.pop();
                 self.end(ending, warm);
             }
-            self.arrive(now, warm);
+            self.arrive(self.running(now), warm);
             let load = loads[usize::try_from(now / phase).unwrap()];
             now += self.exponential(1e6 / (load * capacity)).max(1);
         }
@@ -201,6 +204,7 @@ impl Run {
     fn serve(&mut self, number: usize, now: u64) {
         self.busy += 1;
         let end = now + self.disturbed(now);
+        let end = self.running(end);
         let deadline = self.arrivals[number] + self.deadline(number);
         let ending = (
             end.min(deadline).max(now),
@@ -223,6 +227,15 @@ impl Run {
             }
             Disturbance::Stall if (5_000_000..6_500_000).contains(&now) => service * 10,
             _ => service,
+        }
+    }
+
+    /// Returns the time at which the process does what it has to do at a time.
+    fn running(&self, now: u64) -> u64 {
+        let time = now % 1_000_000;
+        match self.simulation.disturbance {
+            Disturbance::Pauses(pause) if time < pause => now + pause - time,
+            _ => now,
         }
     }
 

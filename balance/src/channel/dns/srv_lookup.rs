@@ -113,8 +113,8 @@ impl Lookup for SrvLookup {
 
     async fn lookup(&mut self) -> Result<Found<Attributes>, String> {
         let resolver = Arc::new(stub_resolver(self.name_servers.clone()).await);
-        let answer = isolated(Arc::clone(&resolver), self.name.clone(), Rtype::SRV).await?;
-        let records = srv_records(&answer)?;
+        let response = isolated(Arc::clone(&resolver), self.name.clone(), Rtype::SRV).await?;
+        let records = srv_records(&response)?;
         match &records[..] {
             [] => return Err("the name has no SRV record".to_owned()),
             [only] if only.target.is_root() => {
@@ -126,16 +126,16 @@ impl Lookup for SrvLookup {
         self.known.retain(|target, _| named.contains(target));
         let mut progress = Progress {
             resolver,
-            additional: additional_addresses(&answer, &named),
-            ttl: shortest_ttl(&answer),
+            additional: additional_addresses(&response, &named),
+            ttl: shortest_ttl(&response),
             trouble: None,
         };
         for group in by_priority(records) {
-            let found = self.resolve(&group, &mut progress).await;
+            let by_target = self.resolve(&group, &mut progress).await;
             let resolved: Vec<_> = group
                 .iter()
                 .map(|record| {
-                    let addresses = found.get(&record.target);
+                    let addresses = by_target.get(&record.target);
                     (record, addresses.cloned().unwrap_or_default())
                 })
                 .collect();

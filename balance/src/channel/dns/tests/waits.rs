@@ -30,6 +30,10 @@ impl Lookup for Scripted {
     }
 }
 
+#[allow(
+    clippy::unnecessary_wraps,
+    reason = "most outcomes of a script are answers"
+)]
 fn found(endpoints: &[(&str, u32)], ttl: Option<u64>) -> Outcome {
     let parsed = endpoints
         .iter()
