@@ -5,6 +5,9 @@
     reason = "a failed step is a failed test"
 )]
 
+#[path = "../../balance/src/metrics/tests/memory.rs"]
+#[allow(dead_code, reason = "the tests of metrics use the rest")]
+mod memory;
 #[allow(unreachable_pub, reason = "the module is a part of this test")]
 mod spans;
 #[path = "../support/mod.rs"]
@@ -16,6 +19,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use h2::Reason;
+use memory::Memory;
 use spans::Root;
 use support::greeter::greeter_client::GreeterClient;
 use support::greeter::greeter_server::GreeterServer;
@@ -28,6 +32,7 @@ use tokio_stream::StreamExt;
 use tokio_stream::wrappers::{TcpListenerStream, UnboundedReceiverStream};
 use tonic::{Code, Request};
 use tonic_etcd::channel::{Attributes, ChannelBuilder, HedgingPolicy};
+use tonic_etcd::metrics;
 use tonic_etcd::traces::Traces;
 use tonic_etcd::{Address, BalancedChannel, Registry, RetryPolicy};
 use tower::discover::Change;
@@ -110,6 +115,38 @@ async fn a_retried_call_has_one_span_with_a_child_for_each_attempt() {
     ports.sort_unstable();
     expected.sort_unstable();
     assert_eq!(ports, expected);
+}
+
+#[tokio::test]
+async fn a_call_that_is_retried_has_both_metrics_and_spans_of_each_attempt() {
+    let (root, memory) = (Root::new(), Memory::default());
+    let calls = AtomicUsize::new(0);
+    let server = Server::start(move |_| match calls.fetch_add(1, Ordering::SeqCst) {
+        0 => DOWN,
+        _ => Act::Reply,
+    });
+    let server = server.await;
+    let policy = RetryPolicy::new([Code::Unavailable]).initial_backoff(Duration::from_millis(1));
+    let builder = traced().metrics(memory.clone()).retry(policy);
+    let channel = over(builder, &[&server]).await;
+    say(&channel, &root).await.unwrap();
+    let (call, attempts) = root.call();
+    assert_eq!(call.status(), "OK");
+    let statuses: Vec<_> = attempts.iter().map(spans::Recorded::status).collect();
+    assert_eq!(statuses, ["ERROR UNAVAILABLE", "OK"]);
+    for (name, status) in [
+        ("grpc.client.attempt.duration", "UNAVAILABLE"),
+        ("grpc.client.attempt.duration", "OK"),
+        ("grpc.client.call.duration", "OK"),
+    ] {
+        let status = format!("grpc.status={status}");
+        let keys = memory.keys();
+        let mut keys = keys
+            .iter()
+            .filter(|key| key.starts_with(name) && key.contains(&status));
+        let key = keys.next().unwrap_or_else(|| panic!("{name} {status}"));
+        assert_eq!(memory.values(key).len(), 1, "{key}");
+    }
 }
 
 #[tokio::test]

@@ -11,6 +11,7 @@ use super::endpoint::{Blame, Endpoint};
 use super::observation::AttemptObservation;
 use super::ready_connection::ReadyConnection;
 use crate::load_report::LoadReport;
+use crate::metrics::AttemptRecord;
 use crate::transport::http2::Connection;
 
 /// The right to send one call on a connection. Dropping the permit releases the stream, however the call ended, and the place of the call
@@ -127,6 +128,13 @@ impl Permit {
     /// Sets the metrics and the span of the attempt that was sent.
     pub(crate) fn observe(&mut self, observation: AttemptObservation) {
         self.observation = Some(Box::new(observation));
+    }
+
+    /// Sets the metrics of the attempt that was sent, and keeps its span.
+    pub(crate) fn measure(&mut self, record: AttemptRecord) {
+        let span = self.observation.take().and_then(|known| known.span);
+        let metrics = Some(record);
+        self.observe(AttemptObservation { metrics, span });
     }
 
     /// Adds a data frame of the response to the metrics of the attempt.

@@ -5,7 +5,7 @@ use tokio::time::Instant;
 use tonic::{Code, Status};
 
 use super::core::Core;
-use super::counted_body::counted;
+use super::counted_body::count;
 use super::history::History;
 use super::request::{Call, KeptBody};
 use super::status;
@@ -48,7 +48,7 @@ impl Attempt {
         core: &Core,
         call: &mut Call,
         mut permit: Permit,
-        body: Outgoing,
+        mut body: Outgoing,
         deadline: Option<Deadline>,
         which: Try,
         now: Instant,
@@ -77,10 +77,7 @@ impl Attempt {
             KeptBody::Pumped if core.retry(call).is_some() => Recall::Possible,
             _ => Recall::Never,
         };
-        let (body, sent) = match &call.metrics {
-            None => (body, None),
-            Some(_) => counted(body),
-        };
+        let sent = call.metrics.as_ref().map(|_| count(&mut body));
         match Exchange::start(permit.http2(), head, body, recall) {
             Ok(exchange) => {
                 permit.on_sent(now);

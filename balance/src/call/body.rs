@@ -177,6 +177,9 @@ impl Stream {
             return Ok(());
         };
         self.permit.on_data(data);
+        if let Some(observation) = &mut self.observation {
+            observation.on_data(data);
+        }
         let Some(check) = &mut self.check else {
             return Ok(());
         };
@@ -187,7 +190,7 @@ impl Stream {
         })
     }
 
-    /// Ends the metrics and the spans of the attempt and of the call. Either both have an observation, or neither has one.
+    /// Ends the metrics and the spans of the attempt and of the call. An attempt has an observation only if its call has one.
     fn on_end(&mut self, code: Code) {
         let Some(observation) = &mut self.observation else {
             return;

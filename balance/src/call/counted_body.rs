@@ -13,30 +13,27 @@ use tonic::body::Body;
 use crate::metrics::{MessageSize, SentSize};
 use crate::transport::request_body::Outgoing;
 
-/// Returns the body and the size of its messages. The size of a body that a task sends grows while the task reads the body.
-pub(super) fn counted(body: Outgoing) -> (Outgoing, Option<SentSize>) {
+/// Returns the size of the messages in a body. The size of a body that a task sends grows while the task reads the body.
+pub(super) fn count(body: &mut Outgoing) -> SentSize {
+    let mut size = MessageSize::default();
     match body {
-        Outgoing::Empty => (body, Some(SentSize::Known(0))),
-        Outgoing::Single(ref frame) => {
-            let mut size = MessageSize::default();
-            size.add(frame);
-            (body, Some(SentSize::Known(size.total())))
-        }
+        Outgoing::Empty => {}
+        Outgoing::Single(frame) => size.add(frame),
         Outgoing::Stream { read, rest } => {
-            let mut size = MessageSize::default();
-            for frame in &read {
+            for frame in read {
                 size.add(frame);
             }
             let total = Arc::new(AtomicU64::new(size.total()));
             let sent = SentSize::Counted(Arc::clone(&total));
-            let rest = Body::new(CountedBody {
-                body: rest,
+            *rest = Body::new(CountedBody {
+                body: std::mem::take(rest),
                 size,
                 total,
             });
-            (Outgoing::Stream { read, rest }, Some(sent))
+            return sent;
         }
     }
+    SentSize::Known(size.total())
 }
 
 /// The rest of a request body, whose size is counted when it is read.

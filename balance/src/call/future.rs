@@ -9,13 +9,14 @@ use std::task::{Context, Poll, ready};
 use http::{Request, Response};
 use pin_project_lite::pin_project;
 use tokio::time::{Instant, Sleep};
+use tonic::Status;
 use tonic::body::Body;
-use tonic::{GrpcMethod, Status};
 
 use super::answer::answer;
 use super::attempt::{Attempt, Try};
 use super::body::ResponseBody;
 use super::core::Core;
+use super::counted_body::count;
 use super::extension::WaitForReady;
 use super::hedging::hedge;
 use super::history::History;
@@ -42,6 +43,7 @@ pin_project! {
         core: Option<Arc<Core>>,
         call: Option<Call>,
         state: State,
+        // Set at the first poll, unless it is inherited from a call that is being served.
         deadline: Option<Deadline>,
         #[pin]
         timer: Option<Sleep>,
@@ -86,26 +88,14 @@ impl ResponseFuture {
         {
             headers.set_timeout(timeout.duration, &timeout.field);
         }
-        let is_inherited = match inherited_timeout(&head.extensions) {
-            Some(inherited) if headers.timeout().is_none_or(|own| inherited < own) => {
+        // Any other deadline starts when the call is made, at the first poll, which reads the clock anyway.
+        let deadline = match inherited_timeout(&head.extensions) {
+            Some((inherited, now)) if headers.timeout().is_none_or(|own| inherited < own) => {
                 headers.set_timeout(inherited, &deadline::format(inherited));
-                true
+                Deadline::after(inherited, now).map(Deadline::inherited)
             }
-            _ => false,
+            _ => None,
         };
-        let timeout = headers.timeout();
-        let deadline = timeout.and_then(|timeout| Deadline::after(timeout, Instant::now()));
-        let deadline = if is_inherited {
-            deadline.map(Deadline::inherited)
-        } else {
-            deadline
-        };
-        let metrics = core.metrics.as_ref().map(|metrics| {
-            // Only generated clients set the extension, so the number of methods is limited.
-            let is_known = head.extensions.get::<GrpcMethod<'static>>().is_some();
-            let name = head.uri.path().strip_prefix('/').filter(|_| is_known);
-            metrics.method(name)
-        });
         let traces = core.traces.as_ref();
         let (span, trace) = traces
             .and_then(|traces| CallTrace::start(traces, head.uri.path()))
@@ -122,8 +112,7 @@ impl ResponseFuture {
             limits,
             method_config,
             pick_key,
-            metrics,
-            sends: None,
+            metrics: None,
             trace,
         };
         Self {
@@ -145,8 +134,12 @@ impl ResponseFuture {
         if let (State::New(body), Some(core), Some(mut call)) =
             (state, this.core.take(), this.call.take())
         {
-            CallObservation::measure(&mut this.observation, call.metrics.as_ref(), Instant::now());
-            call.count_sends(this.observation.as_deref_mut(), false, false);
+            let now = Instant::now();
+            this.deadline = this.deadline.or_else(|| call.deadline(now));
+            if let Some(metrics) = &core.metrics {
+                CallObservation::measure(&mut this.observation, call.handles(metrics), now);
+            }
+            call.count_sends(this.observation.as_deref_mut(), false, None);
             let history = History::with_routing(routing, core.shared().given_up());
             let deadline = this.deadline;
             let shared = Arc::clone(&core);
@@ -170,9 +163,9 @@ impl Future for ResponseFuture {
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let mut this = self.project();
-        let mut polled =
-            this.state
-                .poll(this.core, this.call, this.observation, *this.deadline, cx);
+        let mut polled = this
+            .state
+            .poll(this.core, this.call, this.observation, this.deadline, cx);
         if let Poll::Ready(outcome) = &mut polled {
             *this.state = State::Done;
             if let Some(observation) = this.observation.take() {
@@ -227,7 +220,7 @@ impl State {
         core: &mut Option<Arc<Core>>,
         call: &mut Option<Call>,
         observation: &mut Option<Box<CallObservation>>,
-        deadline: Option<Deadline>,
+        deadline: &mut Option<Deadline>,
         cx: &mut Context<'_>,
     ) -> Poll<Result<Response<ResponseBody>, Status>> {
         loop {
@@ -237,19 +230,21 @@ impl State {
                         return Poll::Pending;
                     };
                     let now = Instant::now();
-                    if let Some(call) = call {
-                        CallObservation::measure(observation, call.metrics.as_ref(), now);
+                    let (Some(channel), Some(request)) = (core.as_ref(), call.as_ref()) else {
+                        return Poll::Pending;
+                    };
+                    *deadline = deadline.or_else(|| request.deadline(now));
+                    if let Some(metrics) = &channel.metrics {
+                        CallObservation::measure(observation, request.handles(metrics), now);
                     }
-                    let mut body = Outgoing::gather(body, cx)?;
-                    if let (Some(core), Some(call)) = (core.as_ref(), call.as_ref()) {
-                        body = call.limits.check(body, &core.service)?;
-                    }
-                    Self::send(core, call, observation, deadline, body, now)?
+                    let body = Outgoing::gather(body, cx)?;
+                    let body = request.limits.check(body, &channel.service)?;
+                    Self::send(core, call, observation, *deadline, body, now)?
                 }
                 Self::Sent(attempt) => {
                     let mut head = ready!(attempt.exchange.poll_head(cx));
                     let sent = std::mem::replace(self, Self::Done);
-                    let (Self::Sent(attempt), Some(core), Some(mut call)) =
+                    let (Self::Sent(mut attempt), Some(core), Some(mut call)) =
                         (sent, core.take(), call.take())
                     else {
                         return Poll::Pending;
@@ -261,14 +256,15 @@ impl State {
                     match head {
                         Ok(head) if is_final => {
                             let permit = attempt.permit;
-                            let response = answer(core, &mut call, head, permit, deadline);
+                            let response = answer(core, &mut call, head, permit, *deadline);
                             return Poll::Ready(response);
                         }
                         outcome => {
                             let shared = Arc::clone(&core);
-                            call.count_sends(observation.as_deref_mut(), false, true);
+                            let observation = observation.as_deref_mut();
+                            call.count_sends(observation, false, Some(&mut attempt.permit));
                             let retry =
-                                retry_loop::after_first(core, call, attempt, outcome, deadline);
+                                retry_loop::after_first(core, call, attempt, outcome, *deadline);
                             Self::Retry(shared, retry)
                         }
                     }
@@ -286,7 +282,7 @@ impl State {
         call: &mut Option<Call>,
         observation: &mut Option<Box<CallObservation>>,
         deadline: Option<Deadline>,
-        body: Outgoing,
+        mut body: Outgoing,
         now: Instant,
     ) -> Result<Self, Status> {
         let (Some(channel), Some(request)) = (core.as_ref(), call.as_mut()) else {
@@ -309,7 +305,7 @@ impl State {
             let (Some(channel), Some(mut request)) = (core.take(), call.take()) else {
                 return Ok(Self::Done);
             };
-            request.count_sends(observation.as_deref_mut(), true, false);
+            request.count_sends(observation.as_deref_mut(), true, None);
             let (shared, kept) = (Arc::clone(&channel), KeptBody::of(&body));
             let hedged = hedge(shared, request, kept, policy, deadline);
             return Ok(Self::Retry(channel, hedged));
@@ -323,8 +319,16 @@ impl State {
                 (body, Some(permit))
             }
             Pick::Taken(permit) => {
+                let metrics = channel.metrics.as_ref();
+                let measured = metrics.and(observation.as_deref_mut());
+                let measured = measured.map(|observation| (observation, count(&mut body)));
                 match Attempt::start(channel, request, permit, body, deadline, Try::First, now) {
-                    Ok(attempt) => return Ok(Self::Sent(attempt)),
+                    Ok(attempt) => {
+                        if let Some((observation, sent)) = measured {
+                            observation.on_sent(sent, &attempt.permit);
+                        }
+                        return Ok(Self::Sent(attempt));
+                    }
                     Err(unsent) => (unsent.into_retry(channel, &mut history)?, None),
                 }
             }
@@ -333,7 +337,7 @@ impl State {
         let (Some(channel), Some(mut request)) = (core.take(), call.take()) else {
             return Ok(Self::Done);
         };
-        request.count_sends(observation.as_deref_mut(), false, false);
+        request.count_sends(observation.as_deref_mut(), false, None);
         let retrying = retry_loop::run(
             Arc::clone(&channel),
             request,

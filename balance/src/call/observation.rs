@@ -2,10 +2,13 @@
 
 use std::sync::Arc;
 
+use arc_swap::Guard;
 use tokio::time::Instant;
 use tonic::Code;
 
-use crate::metrics::{CallRecord, MethodMetrics, Sends};
+use crate::attributes::Attributes;
+use crate::balance::Permit;
+use crate::metrics::{CallRecord, MethodMetrics, Sends, SentSize};
 use crate::traces::OpenSpan;
 
 /// The metrics and the span of a call that has not ended, as far as they are enabled. The future of the call holds this value, then the body
@@ -13,7 +16,16 @@ use crate::traces::OpenSpan;
 #[derive(Debug)]
 pub(super) struct CallObservation {
     metrics: Option<CallRecord>,
+    /// The attributes of the endpoint of the first attempt, if the metrics have the label for the zone.
+    attributes: Option<Arc<Attributes>>,
     span: Option<OpenSpan>,
+}
+
+/// The part of the metrics of a call that has left the common path. It is kept with the request, for further attempts.
+#[derive(Debug)]
+pub(super) struct FurtherAttempts {
+    pub(super) method: Arc<MethodMetrics>,
+    pub(super) sends: Arc<Sends>,
 }
 
 impl CallObservation {
@@ -21,45 +33,77 @@ impl CallObservation {
     pub(super) fn traced(span: OpenSpan) -> Self {
         Self {
             metrics: None,
+            attributes: None,
             span: Some(span),
         }
     }
 
-    /// Starts the metrics of a call, if they are enabled.
-    pub(super) fn measure(
-        this: &mut Option<Box<Self>>,
-        method: Option<&Arc<MethodMetrics>>,
-        now: Instant,
-    ) {
-        let Some(method) = method else {
-            return;
-        };
-        let metrics = Some(CallRecord::start(Arc::clone(method), now));
+    /// Starts the metrics of a call.
+    pub(super) fn measure(this: &mut Option<Box<Self>>, method: Arc<MethodMetrics>, now: Instant) {
+        let metrics = Some(CallRecord::start(method, now));
         match this {
             Some(observation) => observation.metrics = metrics,
             None => {
                 *this = Some(Box::new(Self {
                     metrics,
+                    attributes: None,
                     span: None,
                 }));
             }
         }
     }
 
-    /// Starts to count the sends of a call that leaves the common path, if metrics are enabled. `sent` states whether the call was already
-    /// sent once.
-    pub(super) fn count_sends(&mut self, is_hedged: bool, sent: bool) -> Option<Arc<Sends>> {
-        let metrics = self.metrics.as_mut()?;
-        Some(metrics.count_sends(is_hedged, sent))
+    /// Records the first attempt, which was sent with this permit.
+    pub(super) fn on_sent(&mut self, sent: SentSize, permit: &Permit) {
+        if let Some(metrics) = &mut self.metrics {
+            metrics.on_sent(sent);
+            if metrics.method().has_zones() {
+                self.attributes = Some(Guard::into_inner(permit.endpoint().attributes()));
+            }
+        }
     }
 
-    /// Records the end of the call. Later ends have no effect.
+    /// Adds a data frame of the response to the first attempt.
+    pub(super) fn on_data(&mut self, frame: &[u8]) {
+        if let Some(metrics) = &mut self.metrics {
+            metrics.on_data(frame);
+        }
+    }
+
+    /// Starts to count the sends of a call that leaves the common path, if metrics are enabled. `sent` is the permit of the first attempt, if
+    /// it was sent. From here on, the permit holds the metrics of the attempt.
+    pub(super) fn count_sends(
+        &mut self,
+        is_hedged: bool,
+        sent: Option<&mut Permit>,
+    ) -> Option<FurtherAttempts> {
+        let metrics = self.metrics.as_mut()?;
+        let (sends, first) = metrics.count_sends(is_hedged);
+        if let (Some(permit), Some(first)) = (sent, first) {
+            permit.measure(first);
+        }
+        let method = Arc::clone(metrics.method());
+        Some(FurtherAttempts { method, sends })
+    }
+
+    /// Records the end of the call, and of its first attempt unless the call has left the common path. Later ends have no effect.
     pub(super) fn end(&mut self, code: Code, now: Instant) {
         if let Some(metrics) = &mut self.metrics {
-            metrics.end(code, now);
+            let attributes = self.attributes.as_ref();
+            let zone = attributes.and_then(|attributes| attributes.zone());
+            metrics.end(code, zone.unwrap_or_default(), now);
         }
         if let Some(span) = &mut self.span {
             span.end(code);
+        }
+    }
+}
+
+impl Drop for CallObservation {
+    fn drop(&mut self) {
+        let metrics = self.metrics.as_ref();
+        if metrics.is_some_and(|metrics| !metrics.has_ended()) {
+            self.end(Code::Cancelled, Instant::now());
         }
     }
 }

@@ -5,15 +5,16 @@ use std::sync::Arc;
 use bytes::Bytes;
 use http::{Extensions, Method, Uri};
 use tokio::time::Instant;
-use tonic::Code;
+use tonic::{Code, GrpcMethod};
 
 use super::message_limits::MessageLimits;
 use super::method_config::MethodConfig;
-use super::observation::CallObservation;
+use super::observation::{CallObservation, FurtherAttempts};
 use super::request_headers::Headers;
-use crate::balance::{AttemptObservation, PickKey};
-use crate::metrics::{AttemptRecord, MethodMetrics, Sends, SentSize};
+use crate::balance::{AttemptObservation, Permit, PickKey};
+use crate::metrics::{AttemptRecord, ChannelMetrics, MethodMetrics, SentSize};
 use crate::traces::CallTrace;
+use crate::transport::deadline::Deadline;
 use crate::transport::request_body::Outgoing;
 
 /// The kept part of a request, without its body.
@@ -28,10 +29,8 @@ pub(super) struct Call {
     pub(super) method_config: Option<Arc<MethodConfig>>,
     /// What the picks of the call depend on.
     pub(super) pick_key: PickKey,
-    /// The instruments of the method, if metrics are enabled.
-    pub(super) metrics: Option<Arc<MethodMetrics>>,
-    /// The count of the sends, if metrics are enabled and the call has left the common path.
-    pub(super) sends: Option<Arc<Sends>>,
+    /// The metrics of further attempts, if metrics are enabled and the call has left the common path.
+    pub(super) metrics: Option<FurtherAttempts>,
     /// Starts the spans of attempts, if traces are enabled.
     pub(super) trace: Option<Box<CallTrace>>,
 }
@@ -42,14 +41,26 @@ impl Call {
         self.uri.path()
     }
 
-    /// Starts to count the sends, when the call leaves the common path. `sent` states whether it was already sent once.
+    /// Returns the deadline of a call that is made at `now`.
+    pub(super) fn deadline(&self, now: Instant) -> Option<Deadline> {
+        Deadline::after(self.headers.timeout()?, now)
+    }
+
+    /// Returns the handles of the method.
+    pub(super) fn handles(&self, metrics: &ChannelMetrics) -> Arc<MethodMetrics> {
+        // Only generated clients set the extension, so the number of methods is limited.
+        let is_known = self.extensions.get::<GrpcMethod<'static>>().is_some();
+        metrics.method(self.path().strip_prefix('/').filter(|_| is_known))
+    }
+
+    /// Starts to count the sends, when the call leaves the common path. `sent` is the permit of the first attempt, if it was sent.
     pub(super) fn count_sends(
         &mut self,
         observation: Option<&mut CallObservation>,
         hedged: bool,
-        sent: bool,
+        sent: Option<&mut Permit>,
     ) {
-        self.sends = observation.and_then(|observation| observation.count_sends(hedged, sent));
+        self.metrics = observation.and_then(|observation| observation.count_sends(hedged, sent));
     }
 
     /// Starts the span of an attempt, unless it was started already. `previous` is the number of earlier attempts.
@@ -59,7 +70,8 @@ impl Call {
         }
     }
 
-    /// Returns the metrics and the span of an attempt that was sent. `sent` is the size of its request messages, if metrics are enabled.
+    /// Returns the metrics and the span of an attempt that was sent. `sent` is the size of its request messages, if metrics are enabled and
+    /// the call has left the common path.
     pub(super) fn observe(
         &mut self,
         sent: Option<SentSize>,
@@ -68,14 +80,11 @@ impl Call {
     ) -> AttemptObservation {
         let span = self.trace.as_mut().and_then(|trace| trace.take_sent());
         let measured = self.metrics.as_ref().zip(sent);
-        if let (Some(sends), Some(_)) = (&self.sends, &measured) {
+        let metrics = measured.map(|(FurtherAttempts { method, sends }, sent)| {
             sends.on_sent(previous, now);
-        }
-        AttemptObservation {
-            metrics: measured
-                .map(|(method, sent)| AttemptRecord::start(Arc::clone(method), sent, now)),
-            span,
-        }
+            AttemptRecord::start(Arc::clone(method), sent, now)
+        });
+        AttemptObservation { metrics, span }
     }
 
     /// Ends the span of an attempt that was not sent.
@@ -87,8 +96,8 @@ impl Call {
 
     /// Records that no attempt of the call is active.
     pub(super) fn on_idle(&self) {
-        if let Some(sends) = &self.sends {
-            sends.on_idle(Instant::now());
+        if let Some(metrics) = &self.metrics {
+            metrics.sends.on_idle(Instant::now());
         }
     }
 

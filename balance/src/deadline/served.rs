@@ -71,13 +71,14 @@ impl ServedDeadline {
     }
 }
 
-/// Returns the timeout that a call inherits from the served call, if there is one.
-pub(crate) fn inherited_timeout(extensions: &Extensions) -> Option<Duration> {
+/// Returns the timeout that a call inherits from the served call, and the time at which it starts, if there is one.
+pub(crate) fn inherited_timeout(extensions: &Extensions) -> Option<(Duration, Instant)> {
     let served = ServedDeadline::current()?;
     if extensions.get::<IgnoreServedDeadline>().is_some() {
         return None;
     }
-    Some(served.timeout_at(Instant::now()))
+    let now = Instant::now();
+    Some((served.timeout_at(now), now))
 }
 
 /// A request extension: the call does not inherit the deadline of the served call. It is for calls that must complete even if the caller

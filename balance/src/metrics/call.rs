@@ -7,14 +7,17 @@ use std::time::Duration;
 use tokio::time::Instant;
 use tonic::Code;
 
+use super::attempt::{AttemptRecord, OpenAttempt, SentSize};
 use super::method::MethodMetrics;
 
-/// A call that has not ended. The future of the call holds this value, then the body of the response. A call that is dropped before its end
-/// is recorded as cancelled.
+/// A call that has not ended, with its first attempt. On the common path, the call and its only attempt end at the same time with the same
+/// status, so they share the handles of the method and one allocation.
 #[derive(Debug)]
 pub(crate) struct CallRecord {
     method: Arc<MethodMetrics>,
     started: Instant,
+    /// The first attempt. `None` before it is sent, and after the call has left the common path.
+    first: Option<OpenAttempt>,
     /// Set if the call has left the common path, so that it may be sent more than once.
     sends: Option<Arc<Sends>>,
     has_ended: bool,
@@ -25,37 +28,56 @@ impl CallRecord {
         Self {
             method,
             started: now,
+            first: None,
             sends: None,
             has_ended: false,
         }
     }
 
-    /// Starts to count the sends of a call that leaves the common path. `sent` states whether the call was already sent once.
-    pub(crate) fn count_sends(&mut self, is_hedged: bool, sent: bool) -> Arc<Sends> {
-        let sends = Arc::new(Sends::new(is_hedged, sent, self.started));
-        self.sends = Some(Arc::clone(&sends));
-        sends
+    pub(crate) fn method(&self) -> &Arc<MethodMetrics> {
+        &self.method
     }
 
-    /// Records the end of the call. Later ends have no effect.
-    pub(crate) fn end(&mut self, code: Code, now: Instant) {
+    /// Records the first attempt, which was sent at the start of the call.
+    pub(crate) fn on_sent(&mut self, sent: SentSize) {
+        self.first = Some(OpenAttempt::start(&self.method, sent));
+    }
+
+    /// Adds a data frame of the response to the first attempt.
+    pub(crate) fn on_data(&mut self, frame: &[u8]) {
+        if let Some(first) = &mut self.first {
+            first.on_data(frame);
+        }
+    }
+
+    /// Starts to count the sends of a call that leaves the common path. Also returns its first attempt, if it was sent.
+    pub(crate) fn count_sends(&mut self, is_hedged: bool) -> (Arc<Sends>, Option<AttemptRecord>) {
+        let first = self.first.take();
+        let sends = Arc::new(Sends::new(is_hedged, first.is_some(), self.started));
+        self.sends = Some(Arc::clone(&sends));
+        let adopt = |first| AttemptRecord::adopt(Arc::clone(&self.method), first, self.started);
+        (sends, first.map(adopt))
+    }
+
+    pub(crate) fn has_ended(&self) -> bool {
+        self.has_ended
+    }
+
+    /// Records the end of the call, and of its first attempt unless the call has left the common path. Later ends have no effect. `zone` is
+    /// that of the endpoint of the first attempt, or empty.
+    pub(crate) fn end(&mut self, code: Code, zone: &str, now: Instant) {
         if std::mem::replace(&mut self.has_ended, true) {
             return;
         }
+        let seconds = now.saturating_duration_since(self.started).as_secs_f64();
+        if let Some(first) = &self.first {
+            first.end(&self.method, code, zone, seconds);
+        }
         if let Some(duration) = self.method.call_duration(code) {
-            let elapsed = now.saturating_duration_since(self.started);
-            duration.record(elapsed.as_secs_f64());
+            duration.record(seconds);
         }
         if let Some(sends) = &self.sends {
             sends.record(&self.method);
-        }
-    }
-}
-
-impl Drop for CallRecord {
-    fn drop(&mut self) {
-        if !self.has_ended {
-            self.end(Code::Cancelled, Instant::now());
         }
     }
 }

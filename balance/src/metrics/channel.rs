@@ -16,10 +16,10 @@ use super::subchannel::SubchannelMetrics;
 /// The handles of one channel.
 pub(crate) struct ChannelMetrics {
     scope: Arc<Scope>,
-    methods: Interned<MethodMetrics>,
+    methods: Interned<Arc<MethodMetrics>>,
     other: Arc<MethodMetrics>,
     /// The handles for endpoints of one zone, or of all zones if the label for the zone is disabled.
-    subchannels: Interned<SubchannelMetrics>,
+    subchannels: Interned<Arc<SubchannelMetrics>>,
     /// The handles for endpoints without a zone, and for those of further zones than the limit.
     without_zone: Arc<SubchannelMetrics>,
     security_level: &'static str,
@@ -112,9 +112,9 @@ impl ChannelMetrics {
 
     /// Returns the handles of a method, `package.Service/Method`. `None` is a method that no generated client has.
     pub(crate) fn method(&self, name: Option<&str>) -> Arc<MethodMetrics> {
-        let create = |name| move || MethodMetrics::new(Arc::clone(&self.scope), name);
-        name.and_then(|name| self.methods.get(name, create(name)))
-            .unwrap_or_else(|| Arc::clone(&self.other))
+        let create = |name| move || Arc::new(MethodMetrics::new(Arc::clone(&self.scope), name));
+        let known = name.and_then(|name| self.methods.get(name, create(name)));
+        Arc::clone(known.unwrap_or(&self.other))
     }
 
     /// Returns the handles for the connections to an endpoint of this zone.
@@ -122,10 +122,11 @@ impl ChannelMetrics {
         let zone = zone.filter(|zone| self.scope.has_zones && !zone.is_empty());
         let of_zone = zone.and_then(|zone| {
             self.subchannels.get(zone, || {
-                SubchannelMetrics::new(Arc::clone(&self.scope), zone, self.security_level)
+                let scope = Arc::clone(&self.scope);
+                Arc::new(SubchannelMetrics::new(scope, zone, self.security_level))
             })
         });
-        of_zone.unwrap_or_else(|| Arc::clone(&self.without_zone))
+        Arc::clone(of_zone.unwrap_or(&self.without_zone))
     }
 
     /// Counts a call that failed because a limit on requests was reached.

@@ -1,74 +1,164 @@
 //! Handles that are created at the first use of a name, such as a method or a zone.
 
-use std::collections::HashMap;
-use std::hash::{BuildHasherDefault, Hasher};
-use std::sync::Arc;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
-use arc_swap::ArcSwap;
-
-/// A map that calls read without a lock. An insert copies the map, which is rare: each name is inserted once.
+/// A hash map that only grows. Calls read it without a lock and without a reference count, because no entry moves or ends before the map.
 pub(super) struct Interned<V> {
-    map: ArcSwap<Map<V>>,
+    buckets: [Link<V>; BUCKETS],
+    len: AtomicUsize,
     limit: usize,
 }
 
-type Map<V> = HashMap<Box<str>, Arc<V>, BuildHasherDefault<NameHasher>>;
+/// The first or the next entry of a bucket; empty at the end.
+type Link<V> = OnceLock<Box<Entry<V>>>;
+
+struct Entry<V> {
+    name: Box<str>,
+    value: V,
+    next: Link<V>,
+}
 
 impl<V> Interned<V> {
     /// Creates an empty map with at most about `limit` names.
     pub(super) fn new(limit: usize) -> Self {
         Self {
-            map: ArcSwap::default(),
+            buckets: std::array::from_fn(|_| Link::new()),
+            len: AtomicUsize::new(0),
             limit,
         }
     }
 
     /// Returns the value of a name. If the name is new, inserts the value that `create` returns, or returns `None` if the map is full.
-    pub(super) fn get(&self, name: &str, create: impl Fn() -> V) -> Option<Arc<V>> {
-        if let Some(value) = self.map.load().get(name) {
-            return Some(Arc::clone(value));
+    pub(super) fn get(&self, name: &str, create: impl FnOnce() -> V) -> Option<&V> {
+        let mut link = self.buckets.get(bucket(name))?;
+        while let Some(entry) = link.get() {
+            if *entry.name == *name {
+                return Some(&entry.value);
+            }
+            link = &entry.next;
         }
-        if self.map.load().len() >= self.limit {
+        self.insert(link, name, create)
+    }
+
+    #[cold]
+    fn insert<'a>(
+        &'a self,
+        mut link: &'a Link<V>,
+        name: &str,
+        create: impl FnOnce() -> V,
+    ) -> Option<&'a V> {
+        if self.len.load(Ordering::Relaxed) >= self.limit {
             return None;
         }
-        let created = Arc::new(create());
-        self.map.rcu(|map| {
-            let mut map = Map::clone(map);
-            // Another call may have inserted the name meanwhile. Its value is kept, so that all calls use the same handles.
-            map.entry(name.into())
-                .or_insert_with(|| Arc::clone(&created));
-            map
+        let mut created = Box::new(Entry {
+            name: name.into(),
+            value: create(),
+            next: Link::new(),
         });
-        self.map.load().get(name).cloned()
-    }
-}
-
-/// Hashes a name with one multiplication for each eight bytes, because each call looks up its method. Names that are chosen to collide do
-/// little harm: the number of names is limited.
-#[derive(Default)]
-struct NameHasher(u64);
-
-impl NameHasher {
-    fn add(&mut self, word: u64) {
-        self.0 = (self.0.rotate_left(5) ^ word).wrapping_mul(MULTIPLIER);
-    }
-}
-
-impl Hasher for NameHasher {
-    fn write(&mut self, bytes: &[u8]) {
-        let mut words = bytes.chunks_exact(8);
-        for word in &mut words {
-            self.add(u64::from_le_bytes(word.try_into().unwrap_or_default()));
+        loop {
+            match link.set(created) {
+                Ok(()) => {
+                    self.len.fetch_add(1, Ordering::Relaxed);
+                    return link.get().map(|entry| &entry.value);
+                }
+                Err(back) => created = back,
+            }
+            // Another call has inserted an entry meanwhile. If it has this name, its value is used, so that all calls use the same handles.
+            let entry = link.get()?;
+            if *entry.name == *name {
+                return Some(&entry.value);
+            }
+            link = &entry.next;
         }
-        let rest = words.remainder().iter();
-        self.add(rest.fold(0, |word, byte| (word << 8) | u64::from(*byte)));
-    }
-
-    fn finish(&self) -> u64 {
-        // The map uses the lowest bits, and a multiplication mixes the highest bits best.
-        self.0.rotate_left(26)
     }
 }
 
+/// Returns the bucket of a name. The hash needs one multiplication for each eight bytes, because each call looks up its method. Names that
+/// are chosen to collide do little harm: the number of names is limited.
+fn bucket(name: &str) -> usize {
+    let bytes = name.as_bytes();
+    let mut words = bytes.chunks_exact(8);
+    let mut hash = bytes.len() as u64;
+    let mut add = |word: u64| hash = (hash.rotate_left(5) ^ word).wrapping_mul(MULTIPLIER);
+    for word in &mut words {
+        add(u64::from_le_bytes(word.try_into().unwrap_or_default()));
+    }
+    match bytes.last_chunk() {
+        // The last eight bytes overlap with those before, which costs less than a loop over the rest.
+        Some(last) => add(u64::from_le_bytes(*last)),
+        None => add(bytes
+            .iter()
+            .fold(0, |word, byte| (word << 8) | u64::from(*byte))),
+    }
+    // A multiplication mixes the highest bits best.
+    usize::try_from(hash >> (u64::BITS - BUCKETS.ilog2())).unwrap_or_default()
+}
+
+/// The number of buckets. A bucket is a list, so it must be short for the number of methods that most programs have.
+const BUCKETS: usize = 64;
 /// An odd number without a pattern: the fractional part of the golden ratio.
 const MULTIPLIER: u64 = 0x9e37_79b9_7f4a_7c15;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_value_of_a_name_is_created_once() {
+        let map = Interned::new(1_000);
+        let names: Vec<_> = (0..300)
+            .map(|index| format!("a.Service/Method{index}"))
+            .collect();
+        for _ in 0..2 {
+            for (index, name) in names.iter().enumerate() {
+                let value = map.get(name, || Some(index)).expect("the map is not full");
+                assert_eq!(*value, Some(index));
+            }
+        }
+        for name in &names {
+            let value = map.get(name, || None).expect("the map is not full");
+            assert!(value.is_some(), "{name} was created again");
+        }
+    }
+
+    #[test]
+    fn names_beyond_the_limit_have_no_value() {
+        let map = Interned::new(2);
+        assert_eq!(map.get("a", || 1), Some(&1));
+        assert_eq!(map.get("b", || 2), Some(&2));
+        assert_eq!(map.get("c", || 3), None);
+        assert_eq!(map.get("a", || 4), Some(&1));
+    }
+
+    #[test]
+    fn threads_that_insert_the_same_names_get_the_same_values() {
+        let map = Interned::new(1_000);
+        let all = || -> Vec<usize> {
+            (0..500)
+                .map(|index| {
+                    let value = map.get(&index.to_string(), || Box::new(index));
+                    let value: &usize = value.expect("the map is not full");
+                    std::ptr::from_ref(value).addr()
+                })
+                .collect()
+        };
+        std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..4).map(|_| scope.spawn(all)).collect();
+            let mut seen = threads
+                .into_iter()
+                .map(|thread| thread.join().expect("no panic"));
+            let first = seen.next().expect("one thread");
+            assert!(seen.all(|other| other == first));
+        });
+    }
+
+    #[test]
+    fn the_methods_of_a_service_are_spread_over_the_buckets() {
+        let mut sizes = [0; BUCKETS];
+        for index in 0..BUCKETS {
+            sizes[bucket(&format!("package.Service/Method{index}"))] += 1;
+        }
+        assert!(sizes.iter().max() <= Some(&6), "{sizes:?}");
+    }
+}

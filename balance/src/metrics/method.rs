@@ -59,22 +59,19 @@ impl MethodMetrics {
         self.scope.has_zones
     }
 
-    /// Calls `record` with the handles for attempts with this status and zone.
-    pub(super) fn on_attempt(&self, code: Code, zone: &str, record: impl FnOnce(&EndedAttempts)) {
-        let of_zone;
+    /// Returns the handles for attempts with this status and zone.
+    pub(super) fn attempts(&self, code: Code, zone: &str) -> Option<&EndedAttempts> {
         let (by_status, zone) = if zone.is_empty() {
             (&self.attempts, "")
         } else {
             let create = || std::array::from_fn(|_| OnceLock::new());
-            of_zone = self.attempts_by_zone.get(zone, create);
-            match of_zone.as_deref() {
+            match self.attempts_by_zone.get(zone, create) {
                 Some(by_status) => (by_status, zone),
                 None => (&self.attempts, ""),
             }
         };
-        if let Some(handles) = by_status.get(code as usize) {
-            record(handles.get_or_init(|| self.bind_attempts(code, zone)));
-        }
+        let handles = by_status.get(code as usize)?;
+        Some(handles.get_or_init(|| self.bind_attempts(code, zone)))
     }
 
     #[cold]

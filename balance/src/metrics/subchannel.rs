@@ -53,13 +53,12 @@ impl SubchannelMetrics {
     fn on_disconnected(&self, reason: &str) {
         // Without the label, all reasons have the same handle.
         let has_reason = self.scope.metrics.has_label(DISCONNECT_ERROR);
-        let of_reason;
         let counter = if !has_reason || reason == SHUTDOWN {
             &self.shutdowns
         } else {
             let create = || disconnections(&self.scope, &self.zone, reason);
-            of_reason = self.disconnections.get(reason, create);
-            of_reason.as_deref().unwrap_or(&self.unknown)
+            let of_reason = self.disconnections.get(reason, create);
+            of_reason.unwrap_or(&self.unknown)
         };
         if let Some(counter) = counter {
             counter.add(1);

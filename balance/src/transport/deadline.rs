@@ -57,12 +57,17 @@ impl Deadline {
 /// Returns the timeout in the value of `grpc-timeout`, or `None` if the gRPC protocol does not allow the value.
 pub(crate) fn parse(value: &HeaderValue) -> Option<Duration> {
     let (unit, digits) = value.as_bytes().split_last()?;
-    if digits.is_empty() || digits.len() > 8 || !digits.iter().all(u8::is_ascii_digit) {
+    if digits.is_empty() || digits.len() > 8 {
         return None;
     }
-    let number = digits
-        .iter()
-        .fold(0, |number, digit| number * 10 + u64::from(digit - b'0'));
+    let mut number = 0;
+    for digit in digits {
+        let digit = digit.wrapping_sub(b'0');
+        if digit > 9 {
+            return None;
+        }
+        number = number * 10 + u64::from(digit);
+    }
     match unit {
         b'H' => Some(Duration::from_secs(number * 3600)),
         b'M' => Some(Duration::from_secs(number * 60)),

@@ -411,6 +411,25 @@ async fn the_deadline_applies_to_a_server_that_does_not_respond() {
 }
 
 #[tokio::test]
+async fn the_deadline_starts_when_the_future_of_the_call_is_first_polled() {
+    use tower::Service;
+    let mut raw = Raw::start(|_| ());
+    let mut channel = over([raw.address()]);
+    let request = http::Request::post("/helloworld.Greeter/SayHello")
+        .header("grpc-timeout", "30S")
+        .body(tonic::body::Body::empty())
+        .expect("a request");
+    let call = channel.call(request);
+    tokio::time::pause();
+    tokio::time::advance(Duration::from_secs(60)).await;
+    tokio::time::resume();
+    let call = tokio::spawn(call);
+    reply(raw.accept().await).await;
+    let response = in_time("a call", call).await.expect("no panic");
+    response.expect("the call has 30 s from its first poll on");
+}
+
+#[tokio::test]
 async fn a_dropped_call_is_cancelled_at_the_server() {
     let mut raw = Raw::start(|_| ());
     let channel = over([raw.address()]);
