@@ -112,8 +112,8 @@ impl Lookup for SrvLookup {
     type Attributes = Attributes;
 
     async fn lookup(&mut self) -> Result<Found<Attributes>, String> {
-        let resolver = Arc::new(stub_resolver(self.name_servers.clone()).await);
-        let response = isolated(Arc::clone(&resolver), self.name.clone(), Rtype::SRV).await?;
+        let stub = Arc::new(stub_resolver(self.name_servers.clone()).await);
+        let response = isolated(Arc::clone(&stub), self.name.clone(), Rtype::SRV).await?;
         let records = srv_records(&response)?;
         match &records[..] {
             [] => return Err("the name has no SRV record".to_owned()),
@@ -125,7 +125,7 @@ impl Lookup for SrvLookup {
         let named: HashSet<_> = records.iter().map(|record| &record.target).collect();
         self.known.retain(|target, _| named.contains(target));
         let mut progress = Progress {
-            resolver,
+            resolver: stub,
             additional: additional_addresses(&response, &named),
             ttl: shortest_ttl(&response),
             trouble: None,
