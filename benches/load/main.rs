@@ -2,7 +2,7 @@
 //! same run.
 //!
 //! ```sh
-//! cargo bench --bench load              # everything, about eleven minutes
+//! cargo bench --bench load              # everything, about fifteen minutes
 //! cargo bench --bench load -- L1 L2     # some of it
 //! ```
 //!
