@@ -1,7 +1,7 @@
-//! Peers: the channel compared with grpc-go and tonic-xds, against the same server processes in the same run.
+//! Peers: the channel compared with grpc-go, tonic-xds, stock tonic and bare h2, against the same server processes in the same run.
 //!
 //! ```sh
-//! make bench-peers                       # everything, about eleven minutes and the build
+//! make bench-peers                       # everything, about 15 minutes and the build
 //! make bench-peers PEERS="unary-16 join" # some of it
 //! ```
 //!
