@@ -126,9 +126,9 @@ async fn load(channel: &BalancedChannel, rate: u32, time: Duration) -> Outcome {
 async fn channel(servers: &[&Running], policy: LbPolicy, honours: bool) -> BalancedChannel {
     let builder = BalancedChannel::builder().policy(policy).seed(7);
     let builder = if honours {
-        builder
+        builder.max_pushback(Duration::from_secs(10))
     } else {
-        builder.max_pushback(Duration::ZERO)
+        builder
     };
     let addresses = servers.iter().map(|server| server.address.to_string());
     let channel = builder.addresses(addresses).connect_lazy();

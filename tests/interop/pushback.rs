@@ -27,6 +27,7 @@ async fn the_pushback_of_a_go_server_keeps_new_calls_away_from_it() {
     let servers = [go.limited_server().await, go.limited_server().await];
     let channel = BalancedChannel::builder()
         .policy(LbPolicy::WeightedRoundRobin)
+        .max_pushback(Duration::from_secs(10))
         .addresses(servers.iter().map(Peer::address))
         .connect_lazy();
     eventually("both servers are ready", async || {

@@ -48,8 +48,8 @@ pub struct EndpointStatus {
     /// Why the endpoint is excluded from ordinary picks. `None` if it is not.
     pub ejection_reason: Option<EjectionReason>,
     /// The end of the wait that the server has requested when it refused a call (`grpc-retry-pushback-ms`), at most
-    /// [`max_pushback`](crate::channel::ChannelBuilder::max_pushback) after the refusal. `None` if no such wait is in progress. If more than
-    /// half of the endpoints request a wait, all of them get calls.
+    /// [`max_pushback`](crate::channel::ChannelBuilder::max_pushback) after the refusal. `None` if no such wait is in progress, and by default.
+    /// If too many of the endpoints request a wait, all of them get calls.
     pub pushback_until: Option<Instant>,
     /// The time of the next attempt to connect: the end of the backoff after a failed attempt, or of the wait after an unused connection
     /// has ended. At this time, the endpoint is queued for a dial. `None` while a connection exists or is being dialled, and if no attempt

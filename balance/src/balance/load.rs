@@ -219,7 +219,22 @@ impl Load {
 #[derive(Clone, Debug)]
 pub(crate) struct LoadHandle {
     slab: Arc<Slab>,
-    index: usize,
+    index: u32,
+    /// Whether the number of requests of the endpoint is limited. The flag is here because it fits into the padding: a pick reads the handles
+    /// of a set, which has one for each connection.
+    has_request_limit: bool,
+}
+
+impl LoadHandle {
+    /// Sets whether the number of requests of the endpoint is limited.
+    pub(crate) fn with_request_limit(mut self, has_request_limit: bool) -> Self {
+        self.has_request_limit = has_request_limit;
+        self
+    }
+
+    pub(crate) fn has_request_limit(&self) -> bool {
+        self.has_request_limit
+    }
 }
 
 type Slab = [Load; SLAB];
@@ -228,7 +243,7 @@ impl Deref for LoadHandle {
     type Target = Load;
 
     fn deref(&self) -> &Load {
-        &self.slab[self.index % SLAB]
+        &self.slab[self.index as usize % SLAB]
     }
 }
 
@@ -237,7 +252,7 @@ impl Deref for LoadHandle {
 #[derive(Debug)]
 pub(crate) struct Loads {
     slab: Arc<Slab>,
-    used: usize,
+    used: u32,
 }
 
 impl Loads {
@@ -255,12 +270,13 @@ impl Loads {
         inherited: Option<Estimate>,
         reference: Reference,
     ) -> LoadHandle {
-        if self.used == SLAB {
+        if self.used as usize == SLAB {
             *self = Self::new();
         }
         let load = LoadHandle {
             slab: Arc::clone(&self.slab),
             index: self.used,
+            has_request_limit: false,
         };
         self.used += 1;
         load.begin(inherited, reference);

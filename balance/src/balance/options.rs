@@ -34,7 +34,7 @@ pub(crate) struct Options {
     pub(crate) max_requests: Option<usize>,
     /// The limit on the requests of each endpoint, if there is one.
     pub(crate) max_requests_per_endpoint: Option<u32>,
-    /// The longest time for which the pushback of a server keeps new calls away from it.
+    /// The longest time for which the pushback of a server keeps new calls away from it. Zero if pushbacks are ignored.
     pub(crate) max_pushback: Duration,
     pub(crate) outlier_detection: Option<OutlierDetection>,
     /// The health check of the endpoints, if it is enabled.
@@ -117,7 +117,7 @@ impl Default for Options {
             max_waiters: MAX_WAITERS,
             max_requests: None,
             max_requests_per_endpoint: None,
-            max_pushback: MAX_PUSHBACK,
+            max_pushback: Duration::ZERO,
             outlier_detection: None,
             health_check: None,
             slow_start: None,
@@ -134,9 +134,6 @@ impl Default for Options {
 
 /// Default limit on the connect backoff, from gRPC's connection backoff document.
 const MAX_BACKOFF: Duration = Duration::from_secs(120);
-/// Default limit on the time for which a pushback keeps calls away. A server that is overloaded for longer refuses one more call of each client
-/// every ten seconds, which costs it nothing. A longer time would leave a server unused that has recovered earlier than it expected.
-const MAX_PUSHBACK: Duration = Duration::from_secs(10);
 /// Default limit on waiting calls. Each waiting call holds its request, which takes at least a few kilobytes. A higher limit would use
 /// memory for calls that are unlikely to get a stream before their deadlines.
 const MAX_WAITERS: usize = 32_768;

@@ -33,8 +33,9 @@ pub(crate) struct Permit {
 struct PrivateConnection {
     metadata: usize,
     dial_permit: DialPermit,
-    /// Holds the place of the call below the limits on requests, if there are limits.
-    _place: Option<Permit>,
+    /// Holds the place of the call below the limits on requests, if there are limits. The stream of this permit is the one that counts as in
+    /// flight at the endpoint.
+    place: Option<Permit>,
 }
 
 impl Permit {
@@ -60,9 +61,14 @@ impl Permit {
         permit.private = Some(Box::new(PrivateConnection {
             metadata,
             dial_permit,
-            _place: place,
+            place,
         }));
         permit
+    }
+
+    /// Returns whether the connection was replaced, is about to be closed, or does not answer.
+    pub(crate) fn is_evicted(&self) -> bool {
+        self.connection.is_evicted()
     }
 
     /// Returns whether the connection carries only this call.
@@ -253,10 +259,10 @@ impl Drop for Permit {
                 self.connection.http2().request_ping_for_drop(sent);
             }
         }
-        if self.private.is_some() {
-            self.connection.release_stream();
-        } else {
-            self.connection.release();
+        match &self.private {
+            None => self.connection.release(),
+            Some(private) if private.place.is_none() => self.connection.release_stream(),
+            Some(_) => {}
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::fmt::Debug;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -27,13 +27,27 @@ pub(crate) struct ReadyConnection {
     waiters: Arc<dyn Queue>,
     /// The start of the channel. The times in the load estimate are relative to it.
     epoch: Instant,
-    /// Whether the connection is in the set that calls pick from. While it is not in that set, no waiting call gets a permit on it.
-    takes_calls: AtomicBool,
+    /// Which waiting calls get a permit on the connection, as a [`TakesCalls`].
+    takes_calls: AtomicU8,
     used: Arc<ConnectionUse>,
     /// The requests of the endpoint, if their number is limited.
     requests: Option<SharedRequests>,
     /// The measurement of the connection, if metrics are enabled.
     record: Option<ConnectionRecord>,
+}
+
+/// Which waiting calls get a permit on a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum TakesCalls {
+    /// The connection was removed from all sets: it was replaced, is about to be closed, or does not answer.
+    Evicted,
+    /// The connection is in no set that calls pick from.
+    No,
+    /// The endpoint is excluded from ordinary picks only by a pushback. It may still be in the set of a selection, so calls that wait for
+    /// selected endpoints get a permit.
+    Selected,
+    /// The connection is in the set that calls pick from.
+    All,
 }
 
 /// The requests of an endpoint, which its connections share.
@@ -106,7 +120,7 @@ impl ReadyConnection {
             endpoint,
             waiters,
             epoch,
-            takes_calls: AtomicBool::new(false),
+            takes_calls: AtomicU8::new(TakesCalls::No as u8),
             used: Arc::default(),
             requests: None,
             record: None,
@@ -154,7 +168,7 @@ impl ReadyConnection {
     }
 
     /// Returns whether the endpoint has as many requests as its limit allows.
-    fn is_limited(&self) -> bool {
+    pub(super) fn is_limited(&self) -> bool {
         let requests = self.requests.as_ref();
         requests.is_some_and(|requests| requests.is_full())
     }
@@ -191,17 +205,27 @@ impl ReadyConnection {
         self.waiters.release_stream(self);
     }
 
-    /// Returns whether a waiting call can get a permit on this connection. The connection must be in the set that calls pick from, and its
+    /// Returns whether a waiting call can get a permit on this connection. The connection must be in a set that calls pick from, and its
     /// limit on streams must not be exceeded.
     pub(super) fn takes_calls(&self) -> bool {
-        self.takes_calls.load(Ordering::SeqCst)
+        self.takes_calls.load(Ordering::SeqCst) > TakesCalls::No as u8
             && self.load.in_flight() as usize <= self.load.limit()
     }
 
-    /// Sets whether the connection is in the set that calls pick from. A connection that joins the set offers its free streams to waiters.
-    pub(super) fn set_takes_calls(self: &Arc<Self>, takes_calls: bool) {
-        let took = self.takes_calls.swap(takes_calls, Ordering::SeqCst);
-        if takes_calls && !took {
+    /// Returns whether calls that wait for any endpoint can get a permit on this connection.
+    pub(super) fn takes_all_calls(&self) -> bool {
+        self.takes_calls.load(Ordering::SeqCst) == TakesCalls::All as u8
+    }
+
+    /// Returns whether the connection was removed from all sets. What happens on it is then no evidence about a later server at the address.
+    pub(super) fn is_evicted(&self) -> bool {
+        self.takes_calls.load(Ordering::SeqCst) == TakesCalls::Evicted as u8
+    }
+
+    /// Sets which waiting calls get a permit on the connection. If more calls than before do, it offers its free streams to waiters.
+    pub(super) fn set_takes_calls(self: &Arc<Self>, takes_calls: TakesCalls) {
+        let took = self.takes_calls.swap(takes_calls as u8, Ordering::SeqCst);
+        if takes_calls > TakesCalls::No && takes_calls as u8 > took {
             self.waiters.offer(self);
         }
     }
@@ -245,16 +269,14 @@ impl ReadyConnection {
 pub(crate) struct ReadyEntry {
     connection: Arc<ReadyConnection>,
     load: LoadHandle,
-    /// Whether the number of requests of the endpoint is limited.
-    has_limit: bool,
 }
 
 impl ReadyEntry {
     pub(super) fn new(connection: &Arc<ReadyConnection>) -> Self {
+        let has_limit = connection.requests.is_some();
         Self {
             connection: Arc::clone(connection),
-            load: connection.load.clone(),
-            has_limit: connection.requests.is_some(),
+            load: connection.load.clone().with_request_limit(has_limit),
         }
     }
 
@@ -296,13 +318,27 @@ impl Candidate for ReadyEntry {
     }
 
     fn acquire(&self) -> bool {
-        if self.has_limit {
+        if self.load.has_request_limit() {
             return self.reserve_below_limit();
         }
         self.load.acquire()
     }
 
     fn is_limited(&self) -> bool {
-        self.has_limit && self.connection.is_limited()
+        self.load.has_request_limit() && self.connection.is_limited()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::ready_set::Slot;
+    use super::*;
+
+    /// A pick among thousands of connections reads random slots. Each byte of a slot costs cache.
+    #[test]
+    #[cfg(target_pointer_width = "64")]
+    fn a_slot_of_the_ready_set_has_32_bytes() {
+        assert_eq!(size_of::<ReadyEntry>(), 24);
+        assert_eq!(size_of::<Slot<ReadyEntry>>(), 32);
     }
 }

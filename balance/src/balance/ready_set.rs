@@ -221,10 +221,6 @@ impl<K, M> ReadySetBuilder<K, M> {
     pub(crate) fn is_empty(&self) -> bool {
         self.slots.is_empty()
     }
-
-    pub(crate) fn len(&self) -> usize {
-        self.slots.len()
-    }
 }
 
 impl<K: Clone + Eq + Hash, M: Clone> ReadySetBuilder<K, M> {
@@ -254,6 +250,20 @@ impl<K: Clone + Eq + Hash, M: Clone> ReadySetBuilder<K, M> {
 
     pub(crate) fn contains(&self, key: &K) -> bool {
         self.indexes.contains_key(key)
+    }
+
+    /// Returns the slot of a key.
+    pub(crate) fn slot(&self, key: &K) -> Option<&Slot<M>> {
+        let index = self.indexes.get(key)?;
+        self.slots.get(*index).map(|(_, slot)| slot)
+    }
+
+    /// Returns the sum of the weights.
+    pub(crate) fn weight(&self) -> u64 {
+        let weights = self.weights.iter();
+        weights
+            .map(|(weight, slots)| u64::from(*weight).saturating_mul(*slots as u64))
+            .sum()
     }
 
     /// Adds an entry, or replaces the entry of this key.

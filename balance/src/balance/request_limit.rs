@@ -5,8 +5,10 @@
 
 use std::collections::VecDeque;
 use std::fmt;
+use std::pin::Pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll};
 
 use tokio::sync::oneshot;
 
@@ -16,21 +18,20 @@ pub(crate) struct RequestLimit {
     taken: AtomicUsize,
     /// The length of the queue, so that the end of a request takes the lock only while calls wait.
     queued: AtomicUsize,
-    queue: Mutex<Queue>,
-}
-
-#[derive(Default)]
-struct Queue {
-    calls: VecDeque<oneshot::Sender<Place>>,
-    /// The length at which calls that no longer wait are removed from the queue.
-    clean_at: usize,
+    /// The number of calls that wait, so that a call is refused without the lock, which the end of each request needs.
+    waiting: AtomicUsize,
+    /// Also contains calls that no longer wait.
+    queue: Mutex<VecDeque<oneshot::Sender<Place>>>,
 }
 
 /// The place of one request. Dropping it makes it free.
 pub(crate) struct Place(Option<Arc<RequestLimit>>);
 
 /// A call that waits for a place. Dropping it ends the wait.
-pub(crate) type PlaceWait = oneshot::Receiver<Place>;
+pub(crate) struct PlaceWait {
+    given: oneshot::Receiver<Place>,
+    limit: Arc<RequestLimit>,
+}
 
 impl RequestLimit {
     pub(super) fn new(max: usize) -> Self {
@@ -38,6 +39,7 @@ impl RequestLimit {
             max,
             taken: AtomicUsize::new(0),
             queued: AtomicUsize::new(0),
+            waiting: AtomicUsize::new(0),
             queue: Mutex::default(),
         }
     }
@@ -46,9 +48,8 @@ impl RequestLimit {
         self.max
     }
 
-    /// Takes a place for a request. Returns false if none is free. The caller must pass the place to a permit, or [`release`](Self::release)
-    /// it.
-    pub(super) fn take(&self) -> bool {
+    /// Takes a place for a request. Returns false if none is free.
+    fn take(&self) -> bool {
         // SeqCst, as in `Load::acquire`: a call joins the queue and then looks for a free place, and the end of a request makes its place
         // free and then looks for calls in the queue. At least one of the two must see what the other has written.
         let one_more = |taken| (taken < self.max).then_some(taken + 1);
@@ -74,28 +75,32 @@ impl RequestLimit {
 
     /// Adds a call to the queue. Returns `None` if `max_waiting` calls wait already.
     pub(crate) fn join(self: &Arc<Self>, max_waiting: usize) -> Option<PlaceWait> {
+        // Relaxed, here and below: no other data depends on the number.
+        let one_more = |waiting| (waiting < max_waiting).then_some(waiting + 1);
+        let waiting = self
+            .waiting
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_more)
+            .ok()?;
         let (give, given) = oneshot::channel();
+        let wait = PlaceWait {
+            given,
+            limit: Arc::clone(self),
+        };
         let mut queue = self.lock();
-        if queue.calls.len() >= queue.clean_at.max(MIN_CLEAN).min(max_waiting) {
-            queue.calls.retain(|call| !call.is_closed());
-            queue.clean_at = 2 * queue.calls.len();
+        if queue.len() > 2 * waiting + MAX_STALE {
+            queue.retain(|call| !call.is_closed());
         }
-        let is_full = queue.calls.len() >= max_waiting;
-        if !is_full {
-            queue.calls.push_back(give);
-        }
-        self.queued.store(queue.calls.len(), Ordering::SeqCst);
+        queue.push_back(give);
+        self.queued.store(queue.len(), Ordering::SeqCst);
         drop(queue);
         // A place may have become free before the call was in the queue.
         self.serve();
-        (!is_full).then_some(given)
+        Some(wait)
     }
 
-    /// Returns the number of calls that wait for a place.
+    /// Returns the number of calls that wait for a place. A call counts until its [`PlaceWait`] is dropped, even if it was given a place.
     pub(crate) fn waiting(&self) -> usize {
-        let queue = self.lock();
-        let waiting = queue.calls.iter().filter(|call| !call.is_closed());
-        waiting.count()
+        self.waiting.load(Ordering::Relaxed)
     }
 
     fn is_awaited(&self) -> bool {
@@ -128,12 +133,12 @@ impl RequestLimit {
 
     fn pop(&self) -> Option<oneshot::Sender<Place>> {
         let mut queue = self.lock();
-        let first = queue.calls.pop_front();
-        self.queued.store(queue.calls.len(), Ordering::SeqCst);
+        let first = queue.pop_front();
+        self.queued.store(queue.len(), Ordering::SeqCst);
         first
     }
 
-    fn lock(&self) -> MutexGuard<'_, Queue> {
+    fn lock(&self) -> MutexGuard<'_, VecDeque<oneshot::Sender<Place>>> {
         // No code panics while it holds this lock.
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -164,6 +169,21 @@ impl Drop for Place {
     }
 }
 
+impl Future for PlaceWait {
+    /// `None` is never returned: the queue keeps each call that waits.
+    type Output = Option<Place>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Place>> {
+        Pin::new(&mut self.given).poll(cx).map(Result::ok)
+    }
+}
+
+impl Drop for PlaceWait {
+    fn drop(&mut self) {
+        self.limit.waiting.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 impl fmt::Debug for Place {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_tuple("Place").field(&self.0.is_some()).finish()
@@ -180,8 +200,8 @@ impl fmt::Debug for RequestLimit {
     }
 }
 
-/// Minimum length of the queue at which calls that no longer wait are removed from it.
-const MIN_CLEAN: usize = 64;
+/// Calls that no longer wait are removed when the queue is longer than twice the number of waiting calls plus this number.
+const MAX_STALE: usize = 64;
 
 #[cfg(test)]
 mod tests {
@@ -204,11 +224,11 @@ mod tests {
         let mut third = limit.join(10).expect("the queue is not full");
         assert_eq!(limit.waiting(), 2);
         drop(first);
-        let place = second.try_recv().expect("the first in the queue");
-        assert!(third.try_recv().is_err());
+        let place = second.given.try_recv().expect("the first in the queue");
+        assert!(third.given.try_recv().is_err());
         assert!(limit.place().is_none(), "a place was given away twice");
         drop(place);
-        drop(third.try_recv().expect("the next in the queue"));
+        drop(third.given.try_recv().expect("the next in the queue"));
         assert_eq!(limit.taken(), 0);
     }
 
@@ -223,8 +243,9 @@ mod tests {
         drop(held);
         // The second call has received its place, and ends before it uses it.
         drop(given);
-        assert!(last.try_recv().is_ok());
+        assert!(last.given.try_recv().is_ok());
         assert_eq!(limit.taken(), 0);
+        drop(last);
         assert_eq!(limit.waiting(), 0);
     }
 
@@ -242,7 +263,22 @@ mod tests {
         for _ in 0..10_000 {
             drop(limit.join(usize::MAX));
         }
-        assert!(limit.lock().calls.len() <= MIN_CLEAN);
+        assert!(limit.lock().len() <= MAX_STALE + 1);
+    }
+
+    /// Each release needs the lock. A caller that is refused all the time must not hold it.
+    #[test]
+    fn a_full_queue_refuses_a_call_without_the_lock() {
+        let limit = limit(1);
+        let _held = limit.place();
+        let _waiting = limit.join(1).expect("the queue is not full");
+        let (send, receive) = std::sync::mpsc::channel();
+        let locked = limit.lock();
+        let refused = Arc::clone(&limit);
+        std::thread::spawn(move || send.send(refused.join(1).is_none()));
+        let is_refused = receive.recv_timeout(Duration::from_secs(10));
+        drop(locked);
+        assert_eq!(is_refused, Ok(true));
     }
 
     /// The end of a request races with a call that joins the queue. After both, the call has the place.
@@ -275,7 +311,7 @@ mod tests {
                 spin(fastrand::usize(..40));
                 let mut wait = limit.join(1).expect("the queue is not full");
                 reached(&released, round);
-                let is_served = wait.try_recv().is_ok();
+                let is_served = wait.given.try_recv().is_ok();
                 if !is_served {
                     // Ends the other thread.
                     checked.store(usize::MAX, Ordering::SeqCst);

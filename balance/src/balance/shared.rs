@@ -39,6 +39,8 @@ pub(crate) struct Shared {
     pub(super) published: ArcSwap<Published>,
     /// Wakes the calls that wait for a connection: after each publication, and after a change that may let more calls use a connection.
     pub(super) changed: Notify,
+    /// Wakes the calls that wait for a place below the limit of the channel, when the channel ends.
+    end: Notify,
     /// Wakes the driver when a call waits, when the caller has given up a connection, when a call has found a connection dead, or when a
     /// call has reported a response that is not gRPC.
     pub(super) demand: Arc<Notify>,
@@ -70,7 +72,7 @@ pub(crate) struct Shared {
     not_grpc: Mutex<Vec<Arc<Endpoint>>>,
     /// Endpoints whose servers have sent a pushback that the driver does not know yet.
     pushed_back: Mutex<Vec<Arc<Endpoint>>>,
-    /// The longest time for which a pushback keeps new calls away.
+    /// The longest time for which a pushback keeps new calls away. Zero if pushbacks are ignored.
     max_pushback: Duration,
     splits: Mutex<Splits>,
     /// The header whose value is the key of a call for the consistent hash.
@@ -104,6 +106,7 @@ impl Shared {
             hash_header: ArcSwapOption::new(options.hash_header.clone().map(Arc::new)),
             published: ArcSwap::from_pointee(Published::new(options)),
             changed: Notify::new(),
+            end: Notify::new(),
             demand: Arc::clone(&demand),
             given_up: Mutex::new(Vec::new()),
             waiters: Arc::new(Waiters::new(options.max_waiters, requests.clone())),
@@ -146,12 +149,18 @@ impl Shared {
         draw: &SplitDraw,
         usable: impl Fn(&Arc<ReadyConnection>) -> bool,
     ) -> Pick<Permit> {
-        if !limit.take() {
-            return Pick::Limited;
+        let published = self.published.load();
+        if published.ready.len() == 0 {
+            // A call that waits until an endpoint is ready takes no place of other calls.
+            return Pick::Empty;
         }
-        let picked = self.pick_unlimited(key, draw, usable);
-        if !matches!(picked, Pick::Taken(_)) {
-            limit.release();
+        // The policy of the program may panic. The guard then makes the place free.
+        let Some(place) = limit.place() else {
+            return Pick::Limited;
+        };
+        let picked = self.pick_from(published, key, draw, usable);
+        if matches!(picked, Pick::Taken(_)) {
+            place.keep();
         }
         picked
     }
@@ -163,7 +172,17 @@ impl Shared {
         draw: &SplitDraw,
         usable: impl Fn(&Arc<ReadyConnection>) -> bool,
     ) -> Pick<Permit> {
-        let published = self.published.load();
+        self.pick_from(self.published.load(), key, draw, usable)
+    }
+
+    #[inline]
+    fn pick_from(
+        &self,
+        published: Guard<Arc<Published>>,
+        key: &PickKey,
+        draw: &SplitDraw,
+        usable: impl Fn(&Arc<ReadyConnection>) -> bool,
+    ) -> Pick<Permit> {
         // The common case needs no `Snapshot`, whose creation would add a dozen instructions to each pick.
         if let (PickKey::Any, None) = (key, &published.subsets) {
             let usable = |entry: &ReadyEntry| usable(entry.connection());
@@ -271,6 +290,11 @@ impl Shared {
         &self.changed
     }
 
+    /// Returns the signal that the end of the channel was published.
+    pub(crate) fn end_signal(&self) -> &Notify {
+        &self.end
+    }
+
     pub(crate) fn waiters(&self) -> &Arc<Waiters> {
         &self.waiters
     }
@@ -339,6 +363,9 @@ impl Shared {
     /// Records that a server has refused a call and requests a wait. The driver keeps new calls away from the endpoint for that time.
     #[cold]
     pub(crate) fn on_pushback(&self, endpoint: &Arc<Endpoint>, wait: Duration, now: Instant) {
+        if self.max_pushback.is_zero() {
+            return;
+        }
         let until = now + wait.min(self.max_pushback);
         if endpoint.extend_pushback(until, now) {
             lock(&self.pushed_back).push(Arc::clone(endpoint));
@@ -387,7 +414,9 @@ impl Shared {
         );
         let connection = Arc::new(connection);
         connection.update_stream_limit();
-        connection.load().acquire();
+        if place.is_none() {
+            connection.load().acquire();
+        }
         dial_permit.end_soon();
         Ok(Permit::private(&connection, metadata, dial_permit, place))
     }
@@ -464,6 +493,7 @@ impl Shared {
             picker,
         }));
         self.changed.notify_waiters();
+        self.end.notify_waiters();
     }
 
     /// Makes the driver apply other settings. If it has not applied the previous ones yet, it never does.

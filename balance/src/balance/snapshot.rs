@@ -240,8 +240,8 @@ impl<'a> Snapshot<'a> {
         })
     }
 
-    /// Returns whether the call waits for endpoints of its selection, or of its part of the traffic split, that are all last resorts. The wait queue hands over no stream of them while other
-    /// endpoints of the channel are ready.
+    /// Returns whether the call waits for endpoints of its selection, or of its part of the traffic split, that are all last resorts. The wait
+    /// queue hands over no stream of them while other endpoints of the channel are ready.
     pub(crate) fn awaits_last_resorts(&self) -> bool {
         let selected = self.key.select().and_then(|select| self.subset(select));
         let of_part = || {

@@ -3,7 +3,7 @@
 //! A stream that becomes free is handed directly to a waiter that can use it, so that no other call can take it first. A notification alone
 //! is not enough: the call that is woken may be excluded from using that stream, or may not find the stream among thousands of connections.
 //!
-//! If the requests of an endpoint are limited, a stream is handed over together with the place of the ended request below that limit. If the
+//! If the requests of an endpoint are limited, the call that gets the stream also takes over the ended request's place below that limit. If the
 //! requests of the channel are limited, only calls with a place below that limit (`request_limit.rs`) get a stream.
 
 use std::collections::VecDeque;
@@ -75,11 +75,12 @@ struct Lane {
 impl Lane {
     fn matches(&self, connection: &ReadyConnection) -> bool {
         let endpoint = connection.endpoint();
-        self.awaited.as_deref().is_none_or(|criteria| {
-            let attributes = endpoint.attributes();
-            let mut criteria = criteria.iter();
-            criteria.any(|criterion| criterion.matches(endpoint.address(), &attributes))
-        })
+        let Some(criteria) = &self.awaited else {
+            return connection.takes_all_calls();
+        };
+        let attributes = endpoint.attributes();
+        let mut criteria = criteria.iter();
+        criteria.any(|criterion| criterion.matches(endpoint.address(), &attributes))
     }
 }
 
@@ -362,6 +363,10 @@ impl Waiters {
                     continue;
                 }
                 connection.unreserve();
+            } else if !connection.is_full() && !connection.is_limited() {
+                // Another thread held the last stream or the last place while it tried to get both, or has just released one of them. This
+                // thread may have done the same to a stream that became free in the meantime.
+                continue;
             } else if connection.requests().is_none() {
                 return;
             }

@@ -43,7 +43,7 @@ pin_project! {
         core: Option<Arc<Core>>,
         call: Option<Call>,
         state: State,
-        // Set at the first poll, unless it is inherited from a call that is being served.
+        // Set at the first poll, or at the creation of a routed call, unless it is inherited from a call that is being served.
         deadline: Option<Deadline>,
         #[pin]
         timer: Option<Sleep>,

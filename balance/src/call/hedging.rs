@@ -8,7 +8,6 @@ use http::Response;
 use tokio::time::Instant;
 use tonic::{Code, Status};
 
-use super::answer::record_head;
 use super::attempt::{Attempt, Try};
 use super::body::ResponseBody;
 use super::core::Core;
@@ -64,8 +63,8 @@ struct Hedging {
     next: Option<Instant>,
     /// Whether no further hedge is sent, because a server has forbidden hedges or because the call may have caused the end of a connection.
     is_stopped: bool,
-    /// The failure that ends the call if no other attempt succeeds.
-    last: Option<Outcome>,
+    /// The failure that ends the call if no other attempt succeeds. It holds no permit, because the call may wait for the next hedge.
+    last: Option<Failed>,
 }
 
 impl Hedging {
@@ -73,7 +72,7 @@ impl Hedging {
         loop {
             if self.open_attempts.is_empty() && self.next.is_none() {
                 if let Some(last) = self.last.take() {
-                    return self.finish(last);
+                    return self.finish(Err(last));
                 }
                 let permit = match self.first_permit().await {
                     Ok(permit) => permit?,
@@ -245,19 +244,10 @@ impl Hedging {
 
     /// Records the outcome of an attempt. Returns the outcome if it ends the call. Otherwise keeps the outcome, in case no other attempt
     /// succeeds.
-    fn record(&mut self, mut outcome: Outcome) -> Option<Outcome> {
+    fn record(&mut self, outcome: Outcome) -> Option<Outcome> {
         let Some((code, pushback)) = self.conclusion.record_failure(&outcome) else {
             return Some(outcome);
         };
-        if let Ok(answered) = &mut outcome {
-            let permit = &mut answered.attempt.permit;
-            record_head(
-                &self.conclusion.core,
-                &answered.head,
-                permit,
-                Instant::now(),
-            );
-        }
         let is_fatal = self.policy.is_fatal(code);
         let Conclusion { core, call, .. } = &self.conclusion;
         if let Some(method_config) = core.method_config(call)
@@ -268,7 +258,7 @@ impl Hedging {
         if is_fatal {
             return Some(outcome);
         }
-        self.last = Some(outcome);
+        self.last = Some(self.conclusion.release(outcome));
         match pushback {
             Pushback::None => self.schedule(Duration::ZERO),
             Pushback::After(wait) => self.schedule(wait),

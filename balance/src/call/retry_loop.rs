@@ -240,27 +240,45 @@ impl Conclusion {
         why: Option<&str>,
     ) -> Result<Response<ResponseBody>, Status> {
         let Answered { attempt, mut head } = match outcome {
-            Ok(answered) => answered,
-            Err(failed) => return Err(self.attempt_log.into_status(failed.status, why)),
-        };
-        let (core, mut permit) = (self.core, attempt.permit);
-        let kind = Head::of(&head);
-        if kind.failure().is_some() {
-            let now = Instant::now();
-            let mut status = failed(&core, &head, kind, &mut permit, self.deadline, now);
-            permit.end_attempt(status.code());
-            if previous > 0 {
-                status
-                    .metadata_mut()
-                    .insert(PREVIOUS_ATTEMPTS_KEY, previous.into());
+            Ok(answered) if failure(&answered.head).is_none() => answered,
+            outcome => {
+                let Failed {
+                    mut status,
+                    is_answer,
+                    ..
+                } = self.release(outcome);
+                if is_answer && previous > 0 {
+                    status
+                        .metadata_mut()
+                        .insert(PREVIOUS_ATTEMPTS_KEY, previous.into());
+                }
+                return Err(self.attempt_log.into_status(status, why));
             }
-            return Err(self.attempt_log.into_status(status, why));
-        }
+        };
         if previous > 0 {
             head.headers_mut()
                 .insert(PREVIOUS_ATTEMPTS, previous.into());
         }
-        answer(core, &mut self.call, head, permit, self.deadline)
+        answer(
+            self.core,
+            &mut self.call,
+            head,
+            attempt.permit,
+            self.deadline,
+        )
+    }
+
+    /// Records a failed attempt at its endpoint, and releases its permit.
+    pub(super) fn release(&self, outcome: Outcome) -> Failed {
+        let Answered { attempt, head } = match outcome {
+            Ok(answered) => answered,
+            Err(failed) => return failed,
+        };
+        let (kind, mut permit) = (Head::of(&head), attempt.permit);
+        let now = Instant::now();
+        let status = failed(&self.core, &head, kind, &mut permit, self.deadline, now);
+        permit.end_attempt(status.code());
+        Failed::answered(&permit, status)
     }
 
     /// Returns true if the call has a deadline and the deadline is not after `at`.

@@ -239,11 +239,14 @@ pub(super) fn wait_queue_full(core: &Core, limit: usize) -> Status {
 pub(super) fn channel_limited(core: &Core, max: usize) -> Status {
     limited(
         core,
-        &format!("the channel has {max} requests in flight, which is its limit"),
+        &format!(
+            "the channel has {} in flight, which is its limit",
+            requests(max)
+        ),
     )
 }
 
-/// Returns the status of a call that was not sent, because all endpoints have as many requests as their limit allows.
+/// Returns the status of a call that was not sent, because all endpoints that it may use have as many requests as their limit allows.
 #[cold]
 pub(super) fn endpoints_limited(core: &Core) -> Status {
     let max = core
@@ -252,8 +255,19 @@ pub(super) fn endpoints_limited(core: &Core) -> Status {
         .unwrap_or_default();
     limited(
         core,
-        &format!("each ready endpoint has {max} requests in flight, which is its limit"),
+        &format!(
+            "each endpoint that the call may use has {} in flight, which is its limit",
+            requests(max as usize)
+        ),
     )
+}
+
+fn requests(number: usize) -> String {
+    if number == 1 {
+        "1 request".to_owned()
+    } else {
+        format!("{number} requests")
+    }
 }
 
 fn limited(core: &Core, reason: &str) -> Status {

@@ -30,7 +30,7 @@ pub(super) struct Answered {
     pub(super) head: Response<Incoming>,
 }
 
-/// An attempt without a response.
+/// A failed attempt. It holds neither a stream nor a place below a limit on requests.
 pub(super) struct Failed {
     pub(super) status: Status,
     /// The endpoint at which the attempt failed, if any.
@@ -39,6 +39,8 @@ pub(super) struct Failed {
     pub(super) body: Option<Outgoing>,
     /// Whether a limit on requests was reached. The call is then not sent again (gRFC A32).
     pub(super) is_limited: bool,
+    /// Whether the status is that of a response.
+    pub(super) is_answer: bool,
 }
 
 impl Failed {
@@ -49,6 +51,15 @@ impl Failed {
             endpoint: None,
             body: None,
             is_limited: false,
+            is_answer: false,
+        }
+    }
+
+    /// Creates the failure of an attempt with a response.
+    pub(super) fn answered(permit: &Permit, status: Status) -> Self {
+        Self {
+            is_answer: true,
+            ..Self::at(permit, status, None)
         }
     }
 
@@ -61,19 +72,16 @@ impl Failed {
 
     fn at(permit: &Permit, status: Status, body: Option<Outgoing>) -> Self {
         Self {
-            status,
             endpoint: Some(Arc::clone(permit.endpoint())),
             body,
-            is_limited: false,
+            ..Self::permanent(status)
         }
     }
 
     fn unsent(status: Status, body: Outgoing) -> Self {
         Self {
-            status,
-            endpoint: None,
             body: Some(body),
-            is_limited: false,
+            ..Self::permanent(status)
         }
     }
 }

@@ -39,11 +39,7 @@ pub(super) async fn wait_for_endpoint(
         tokio::pin!(changed);
         changed.as_mut().enable();
         if wait.place.is_none() && !wait.take_place()? {
-            tokio::select! {
-                biased;
-                place = given(&mut wait.awaited_place) => wait.set_place(place),
-                () = changed => {}
-            }
+            wait.for_place().await;
             continue;
         }
         let (until, awaited) = match wait.pick() {
@@ -56,6 +52,7 @@ pub(super) async fn wait_for_endpoint(
                 return Err(Unavailable::NoEndpoint(status));
             }
             Picked::Limited => return Err(Unavailable::Limited(status::endpoints_limited(core))),
+            Picked::NeedsPlace => continue,
             Picked::AwaitsSet => {
                 // The pick has woken the driver, which publishes the set. The call is not in the queue in the meantime: the queue would hand
                 // it a stream of any selected endpoint.
@@ -123,6 +120,8 @@ enum Picked {
     Permit(Permit),
     /// No connection is available. The call waits for a change, for a stream of these endpoints, or until this time, and then picks again.
     None(Option<Instant>, Awaited),
+    /// An endpoint has become ready, so the call must take a place, and then picks again.
+    NeedsPlace,
     /// The call waits until the set of its selection is published, and then picks again.
     AwaitsSet,
     /// The call fails for this reason.
@@ -166,6 +165,9 @@ impl<'a> Wait<'a> {
         };
         let draw = self.history.draw();
         let mut snapshot = shared.snapshot(self.key, draw, scan_limit.max(SCAN_LIMIT));
+        if self.place.is_none() && snapshot.summary().ready > 0 {
+            return Picked::NeedsPlace;
+        }
         self.delays.on_snapshot(snapshot.summary());
         let avoids = self.avoid_until.is_some();
         let mut picked = self.history.pick(&snapshot, avoids);
@@ -228,7 +230,8 @@ impl<'a> Wait<'a> {
         Ok(self.place.is_some())
     }
 
-    /// Takes a free place below the limit of the channel. Returns false if the call must wait for one.
+    /// Takes a free place below the limit of the channel. Returns false if the call must wait for one. While no endpoint is ready, takes none,
+    /// because the call does not need it yet, and other calls would fail.
     fn take_place(&mut self) -> Result<bool, Unavailable> {
         let shared = self.core.shared();
         let Some(limit) = shared.request_limit() else {
@@ -242,6 +245,9 @@ impl<'a> Wait<'a> {
         }
         if self.awaited_place.is_some() {
             return Ok(false);
+        }
+        if summary.ready == 0 {
+            return Ok(true);
         }
         // A call without a place gets no stream from the wait queue, so it joins the queue again.
         self.queued = None;
@@ -264,26 +270,47 @@ impl<'a> Wait<'a> {
         Ok(false)
     }
 
-    /// Ends the wait for a place.
-    fn set_place(&mut self, place: Option<Place>) {
-        self.awaited_place = None;
-        self.place = place;
+    /// Waits until the queue has passed a place to the call, or the channel has ended. Publications do not wake the call: thousands of calls
+    /// may wait.
+    async fn for_place(&mut self) {
+        let shared = self.core.shared();
+        let ended = shared.end_signal().notified();
+        tokio::pin!(ended);
+        // Registers before the check, so that the end of the channel is not missed.
+        ended.as_mut().enable();
+        let Some(awaited) = self.awaited_place.as_mut() else {
+            return;
+        };
+        if shared.summary().ended.is_some() {
+            return;
+        }
+        tokio::select! {
+            biased;
+            place = awaited => {
+                self.awaited_place = None;
+                self.place = place;
+            }
+            () = ended => {}
+        }
     }
 
     /// Converts a stream that the queue has handed over. If the policy picks the endpoint by data of the call, picks again. The queue hands
     /// over the first stream that becomes free, and the policy may prefer one that became free after it. The stream is kept until the pick
     /// has succeeded, so the call never waits twice.
     fn use_stream(&mut self, given: Reserved) -> Permit {
+        let permit = if self.key.has_preference() {
+            let shared = self.core.shared();
+            let snapshot = shared.snapshot(self.key, self.history.draw(), SCAN_LIMIT);
+            match self.history.pick(&snapshot, self.avoid_until.is_some()) {
+                Pick::Taken(preferred) => preferred,
+                _ => given.into_permit(),
+            }
+        } else {
+            given.into_permit()
+        };
+        // Kept only now: the policy of the program may panic during the pick, and the place must then become free.
         keep(&mut self.place);
-        if !self.key.has_preference() {
-            return given.into_permit();
-        }
-        let shared = self.core.shared();
-        let snapshot = shared.snapshot(self.key, self.history.draw(), SCAN_LIMIT);
-        match self.history.pick(&snapshot, self.avoid_until.is_some()) {
-            Pick::Taken(preferred) => preferred,
-            _ => given.into_permit(),
-        }
+        permit
     }
 
     /// Ends the periods that are over. The call then joins the queue again, because its exclusions have changed.
@@ -304,14 +331,6 @@ impl<'a> Wait<'a> {
 fn keep(place: &mut Option<Place>) {
     if let Some(place) = place.take() {
         place.keep();
-    }
-}
-
-/// Waits until the queue has passed a place to the call.
-async fn given(wait: &mut Option<PlaceWait>) -> Option<Place> {
-    match wait {
-        Some(wait) => wait.await.ok(),
-        None => None,
     }
 }
 

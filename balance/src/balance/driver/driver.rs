@@ -75,7 +75,7 @@ pub(in crate::balance) struct Driver {
     pub(super) quarantines: Quarantines,
     pub(super) pushbacks: Pushbacks,
     /// The endpoints that get no ordinary calls because of a pushback.
-    pub(super) pushed_back: Vec<Address>,
+    pub(super) pushed_back: HashSet<Address>,
     refreshed_at: Instant,
     /// Whether a connection was in use at the last refresh or within the 10 s before it.
     in_use: bool,
@@ -120,7 +120,7 @@ impl Driver {
             detection: OutlierSchedule::new(options.outlier_detection.clone(), now),
             quarantines: Quarantines::default(),
             pushbacks: Pushbacks::default(),
-            pushed_back: Vec::new(),
+            pushed_back: HashSet::new(),
             refreshed_at: now,
             in_use: true,
             options,

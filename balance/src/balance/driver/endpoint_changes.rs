@@ -12,7 +12,7 @@ use crate::address::Address;
 use crate::attributes::Attributes;
 use crate::balance::connect_backoff::ConnectBackoff;
 use crate::balance::endpoint::Endpoint;
-use crate::balance::ready_connection::ReadyConnection;
+use crate::balance::ready_connection::{ReadyConnection, TakesCalls};
 use crate::balance::subchannel::{Ready, Subchannel};
 use crate::balance::updates::Batch;
 use crate::causes::causes;
@@ -214,7 +214,7 @@ impl Driver {
     /// Removes a connection from the ready sets. Waiting calls no longer get streams of this connection. Picks can find the connection
     /// until the next publication, which is due at once.
     pub(super) fn evict(&mut self, id: SubchannelId, connection: &Arc<ReadyConnection>) {
-        connection.set_takes_calls(false);
+        connection.set_takes_calls(TakesCalls::Evicted);
         self.selections.remove(id);
         if self.ready_sets.remove(id) {
             self.publication.now();

@@ -1,6 +1,7 @@
 //! Excludes endpoints from ordinary picks: because too many of their calls failed (ejection), because their responses are not gRPC
 //! (quarantine), or because their servers request a wait (pushback). Such an endpoint gets calls only while no other endpoint is ready.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use tokio::time::Instant;
@@ -12,6 +13,7 @@ use super::subchannel_table::SubchannelId;
 use crate::address::Address;
 use crate::balance::endpoint_status::EjectionReason;
 use crate::balance::health_status::Health;
+use crate::balance::picker::LbPolicy;
 
 impl Driver {
     /// Runs the outlier detection on the calls since the last sweep.
@@ -91,25 +93,16 @@ impl Driver {
 
     /// Decides which endpoints get no ordinary calls because of a pushback.
     pub(super) fn check_pushbacks(&mut self, now: Instant) {
-        let before = self.pushed_back.clone();
+        let before = std::mem::take(&mut self.pushed_back);
         let endpoints = &self.endpoints;
         let end = |address: &Address| endpoints.get(address)?.endpoint.pushback();
         let mut after = self.pushbacks.check(now, end);
-        // Endpoints that are excluded for another reason do not count.
-        let connections = |addresses: &[Address], is_pushed_back: bool| {
-            let entries = addresses
-                .iter()
-                .filter_map(|address| self.endpoints.get(address));
-            let entries = entries.filter(|entry| entry.is_pushed_back == is_pushed_back);
-            let ids = entries.flat_map(|entry| &entry.subchannels);
-            ids.filter(|id| self.is_ordinary(**id)).count()
-        };
-        let (new, old) = (connections(&after, false), connections(&after, true));
-        let returning = connections(&before, true);
-        if !take_effect(new + old, self.ready_sets.primary_len() + returning) {
+        // The consistent hash has a bound on the load of each server, and moving all keys of a server costs the others more than its calls.
+        let is_hashed = self.options.policy == LbPolicy::RingHash;
+        if is_hashed || !self.pushbacks_take_effect(&after, !before.is_empty(), now) {
             after.clear();
         }
-        for address in before.iter().chain(&after) {
+        for address in before.union(&after) {
             let is_pushed_back = after.contains(address);
             let Some(entry) = self.endpoints.get_mut(address) else {
                 continue;
@@ -122,19 +115,41 @@ impl Driver {
         self.pushed_back = after;
     }
 
-    /// Returns whether calls pick the connection, or would pick it if its endpoint had sent no pushback.
-    fn is_ordinary(&self, id: SubchannelId) -> bool {
-        let Some((address, subchannel)) = self.subchannels.ready(id) else {
+    /// Returns whether the pushbacks of these endpoints take effect. Endpoints that are excluded for another reason do not count.
+    fn pushbacks_take_effect(
+        &self,
+        addresses: &HashSet<Address>,
+        took_effect: bool,
+        now: Instant,
+    ) -> bool {
+        if addresses.is_empty() {
             return false;
-        };
-        let Some(entry) = self.endpoints.get(address) else {
-            return false;
-        };
+        }
+        let (mut pushed_back, mut all) = (0_u64, 0_u64);
+        for (address, entry) in &self.endpoints {
+            if self.is_ordinary(entry) {
+                let weight = u64::from(self.current_weight(entry, now).max(1));
+                all += weight;
+                if addresses.contains(address) {
+                    pushed_back += weight;
+                }
+            }
+        }
+        take_effect(pushed_back, all, took_effect)
+    }
+
+    /// Returns whether calls pick the endpoint, or would pick it if it had sent no pushback.
+    fn is_ordinary(&self, entry: &EndpointEntry) -> bool {
         let is_excluded = !matches!(
             self.ejection_reason(entry),
             None | Some(EjectionReason::Pushback)
         );
-        let answers = *subchannel.health() == Health::Serving && !subchannel.is_stalled();
-        answers && !is_excluded && !entry.attributes.is_last_resort()
+        let answers = |id: &SubchannelId| {
+            let ready = self.subchannels.ready(*id);
+            ready.is_some_and(|(_, subchannel)| {
+                *subchannel.health() == Health::Serving && !subchannel.is_stalled()
+            })
+        };
+        !is_excluded && !entry.attributes.is_last_resort() && entry.subchannels.iter().any(answers)
     }
 }

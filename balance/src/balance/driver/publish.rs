@@ -6,7 +6,7 @@ use tokio::time::Instant;
 
 use super::driver::Driver;
 use super::endpoint_entry::EndpointEntry;
-use super::ready_set_pair::Placed;
+use super::ready_set_pair::{Placed, Standing};
 use super::subchannel_table::{Class, SubchannelId};
 use crate::address::Address;
 use crate::balance::endpoint_status::{EjectionReason, EndpointState};
@@ -16,8 +16,8 @@ use crate::balance::snapshot::Published;
 
 impl Driver {
     /// Puts a connection into the right ready set. If the peer does not answer or has not reported that it is healthy, the connection is in
-    /// no set. If the endpoint is ejected, in quarantine or marked as a last resort, the connection is in the last-resort set. Otherwise it
-    /// is in the primary set.
+    /// no set. If the endpoint is ejected, in quarantine, in pushback or marked as a last resort, the connection is in the last-resort set.
+    /// Otherwise it is in the primary set.
     pub(super) fn update_ready_set(&mut self, id: SubchannelId) {
         let Some((address, subchannel)) = self.subchannels.ready(id) else {
             return;
@@ -39,10 +39,17 @@ impl Driver {
             return self.evict(id, &connection);
         }
         let weight = self.current_weight(entry, Instant::now());
-        let is_last_resort = ejection.is_some() || entry.attributes.is_last_resort();
+        let standing = if entry.attributes.is_last_resort() {
+            Standing::LastResort
+        } else {
+            ejection.map_or(Standing::Ordinary, |reason| match reason {
+                EjectionReason::Pushback => Standing::PushedBack,
+                _ => Standing::LastResort,
+            })
+        };
         let ready = ReadyEntry::new(connection);
-        let selected = self.selections.place(id, &ready, weight, is_last_resort);
-        let placed = self.ready_sets.place(id, ready, weight, is_last_resort);
+        let selected = self.selections.place(id, &ready, weight, standing);
+        let placed = self.ready_sets.place(id, ready, weight, standing);
         match placed.max(selected) {
             Placed::Unchanged => {}
             // A new connection or a new weight can be batched with later changes. A move between the sets is published at once.
@@ -79,7 +86,7 @@ impl Driver {
     }
 
     /// Returns the current weight of an endpoint's connections.
-    fn current_weight(&self, entry: &EndpointEntry, now: Instant) -> u32 {
+    pub(super) fn current_weight(&self, entry: &EndpointEntry, now: Instant) -> u32 {
         let (address, weight) = (entry.endpoint.address(), entry.attributes.weight());
         let weight = self.slow_start.current_weight(address, weight, now);
         let weight = weight.saturating_mul(self.reported_weights.factor(address));

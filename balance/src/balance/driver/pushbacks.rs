@@ -1,10 +1,10 @@
 //! The endpoints whose servers have sent a pushback: they have refused a call and request a wait.
 //!
-//! Such an endpoint is moved to the last-resort set until its pushback ends. If more than half of the connections are to endpoints in
-//! pushback, the pushbacks are ignored: otherwise, the few other endpoints would get all calls and be overloaded as well. For the same reason,
-//! an endpoint that is alone is used in any case.
+//! Such an endpoint is moved to the last-resort set until its pushback ends. If the endpoints in pushback have more than half of the weight of
+//! all, the pushbacks are ignored: otherwise, the few other endpoints would get all calls and be overloaded as well. For the same reason, an
+//! endpoint that is alone is used in any case. Each selection decides in the same way about its own endpoints (`ready_set_pair.rs`).
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -15,15 +15,22 @@ use crate::address::Address;
 #[derive(Debug, Default)]
 pub(super) struct Pushbacks {
     ends: HashMap<Address, Instant>,
+    /// Whether pushbacks were added since the last check.
+    has_new: bool,
+    /// The time of the last check with new pushbacks.
+    begun: Option<Instant>,
+    /// The time of the last check.
     checked: Option<Instant>,
     due: Option<Instant>,
 }
 
 impl Pushbacks {
-    /// Adds the pushback of an endpoint. The next check is due at once, or [`INTERVAL`] after the last one.
+    /// Adds the pushback of an endpoint. The next check is due at once, or [`INTERVAL`] after the last one with new pushbacks. It does not wait
+    /// after a check in which pushbacks have only ended: an overloaded server that is used again refuses calls soon.
     pub(super) fn add(&mut self, address: &Address, end: Instant, now: Instant) {
         self.ends.insert(address.clone(), end);
-        self.schedule(now);
+        self.has_new = true;
+        self.schedule_after(self.begun, now);
     }
 
     /// Removes the pushback of an endpoint.
@@ -41,7 +48,11 @@ impl Pushbacks {
     }
 
     fn schedule(&mut self, at: Instant) {
-        let earliest = self.checked.map(|checked| checked + INTERVAL);
+        self.schedule_after(self.checked, at);
+    }
+
+    fn schedule_after(&mut self, last: Option<Instant>, at: Instant) {
+        let earliest = last.map(|last| last + INTERVAL);
         let at = earliest.map_or(at, |earliest| at.max(earliest));
         self.due = Some(self.due.map_or(at, |due| due.min(at)));
     }
@@ -61,8 +72,11 @@ impl Pushbacks {
         &mut self,
         now: Instant,
         end: impl Fn(&Address) -> Option<Instant>,
-    ) -> Vec<Address> {
+    ) -> HashSet<Address> {
         self.checked = Some(now);
+        if std::mem::take(&mut self.has_new) {
+            self.begun = Some(now);
+        }
         self.due = None;
         self.ends.retain(|address, known| {
             *known = end(address).unwrap_or(now);
@@ -75,14 +89,20 @@ impl Pushbacks {
     }
 }
 
-/// Returns whether pushbacks take effect. `pushed_back`: the number of connections to endpoints in pushback. `all`: the number of connections
-/// to these and to all other endpoints that are not excluded for another reason.
-pub(super) fn take_effect(pushed_back: usize, all: usize) -> bool {
-    2 * pushed_back <= all
+/// Returns whether pushbacks take effect. `pushed_back`: the weight of the endpoints in pushback. `all`: the weight of these and of all other
+/// endpoints that are not excluded for another reason. `took_effect`: whether pushbacks take effect now. They begin to at half of the weight at
+/// most, and cease to above two thirds, so that servers near the limit do not replace the ready set all the time.
+pub(super) fn take_effect(pushed_back: u64, all: u64, took_effect: bool) -> bool {
+    if took_effect {
+        pushed_back.saturating_mul(3) <= all.saturating_mul(2)
+    } else {
+        pushed_back.saturating_mul(2) <= all
+    }
 }
 
-/// Minimum time between two checks. Each check can replace the ready set, and servers under load may refuse thousands of calls per second.
-const INTERVAL: Duration = Duration::from_millis(5);
+/// Minimum time between two checks with new pushbacks, and from a check to the next one in which pushbacks only end. Each check can replace the
+/// ready set, which wakes all waiting calls, and servers under load may refuse thousands of calls per second.
+const INTERVAL: Duration = Duration::from_millis(100);
 
 #[cfg(test)]
 mod tests {
@@ -100,17 +120,23 @@ mod tests {
         let at = |millis| start + Duration::from_millis(millis);
         let mut pushbacks = Pushbacks::default();
         assert_eq!(pushbacks.next(), None);
-        pushbacks.add(&address(1), at(100), at(0));
+        pushbacks.add(&address(1), at(300), at(0));
         assert!(pushbacks.is_due(at(0)));
-        assert_eq!(pushbacks.check(at(0), |_| Some(at(100))), [address(1)]);
-        assert_eq!(pushbacks.next(), Some(at(100)));
-        pushbacks.add(&address(2), at(3), at(1));
-        assert_eq!(pushbacks.next(), Some(at(5)), "5 ms after the last check");
-        let ends = |host: &Address| Some(if *host == address(1) { at(200) } else { at(3) });
-        assert_eq!(pushbacks.check(at(5), ends), [address(1)]);
-        assert_eq!(pushbacks.next(), Some(at(200)), "the first was extended");
-        assert!(pushbacks.check(at(200), ends).is_empty());
+        let first = HashSet::from([address(1)]);
+        assert_eq!(pushbacks.check(at(0), |_| Some(at(300))), first);
+        assert_eq!(pushbacks.next(), Some(at(300)));
+        pushbacks.add(&address(2), at(50), at(1));
+        assert_eq!(pushbacks.next(), Some(at(0) + INTERVAL));
+        let ends = |host: &Address| Some(if *host == address(1) { at(400) } else { at(50) });
+        assert_eq!(pushbacks.check(at(100), ends), first);
+        assert_eq!(pushbacks.next(), Some(at(400)), "the first was extended");
+        assert!(pushbacks.check(at(400), ends).is_empty());
         assert_eq!(pushbacks.next(), None);
+        // The server is used again, and refuses another call.
+        pushbacks.add(&address(1), at(450), at(410));
+        assert!(pushbacks.is_due(at(410)));
+        pushbacks.check(at(410), |_| Some(at(450)));
+        assert_eq!(pushbacks.next(), Some(at(510)));
     }
 
     #[test]
@@ -130,21 +156,19 @@ mod tests {
     }
 
     #[test]
-    fn pushbacks_take_effect_for_at_most_half_of_the_connections() {
-        for (pushed_back, all, expected) in [
-            (1, 1, false),
-            (1, 2, true),
-            (2, 2, false),
-            (1, 3, true),
-            (2, 3, false),
-            (2, 4, true),
-            (3, 4, false),
+    fn pushbacks_begin_at_half_of_the_weight_and_cease_above_two_thirds() {
+        for (pushed_back, all, begin, stay) in [
+            (1, 1, false, false),
+            (1, 2, true, true),
+            (2, 2, false, false),
+            (1, 3, true, true),
+            (2, 3, false, true),
+            (51, 100, false, true),
+            (67, 100, false, false),
+            (u64::MAX / 4, u64::MAX / 2, true, true),
         ] {
-            assert_eq!(
-                take_effect(pushed_back, all),
-                expected,
-                "{pushed_back} of {all}"
-            );
+            let effects = [false, true].map(|took| take_effect(pushed_back, all, took));
+            assert_eq!(effects, [begin, stay], "{pushed_back} of {all}");
         }
     }
 }

@@ -67,6 +67,8 @@ impl Driver {
         self.ready_sets.set_hashed(is_hashed);
         self.selections.set_hashed(is_hashed);
         self.shared.set_uses_hashes(is_hashed);
+        // The consistent hash ignores pushbacks.
+        self.pushbacks.recheck(Instant::now());
         self.publication.now();
     }
 

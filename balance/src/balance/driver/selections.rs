@@ -12,7 +12,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::endpoint_entry::EndpointEntry;
-use super::ready_set_pair::{Placed, ReadySets};
+use super::ready_set_pair::{Placed, ReadySets, Standing};
 use super::subchannel_table::{Class, SubchannelId};
 use crate::address::Address;
 use crate::attributes::Attributes;
@@ -130,9 +130,9 @@ impl Selections {
             self.drop_oldest(|selection| selection.counts.endpoints == 0);
         }
         let mut sets = ReadySets::of_selection(self.takes_turns, self.is_hashed);
-        for (id, entry, weight, is_last_resort) in known.ready.placed() {
+        for (id, entry, weight, standing) in known.ready.placed() {
             if matches(&criterion, entry.connection().endpoint()) {
-                sets.place(id, entry.clone(), weight, is_last_resort);
+                sets.place(id, entry.clone(), weight, standing);
             }
         }
         let selection = Selection {
@@ -188,14 +188,14 @@ impl Selections {
         id: SubchannelId,
         entry: &ReadyEntry,
         weight: u32,
-        is_last_resort: bool,
+        standing: Standing,
     ) -> Placed {
         let mut placed = Placed::Unchanged;
         let endpoint = entry.connection().endpoint();
         for (criterion, selection) in &mut self.sets {
             let outcome = if matches(criterion, endpoint) {
                 let entry = entry.clone();
-                selection.sets.place(id, entry, weight, is_last_resort)
+                selection.sets.place(id, entry, weight, standing)
             } else if selection.sets.remove(id) {
                 Placed::Moved
             } else {

@@ -9,7 +9,9 @@ use tonic::Status;
 use super::support::{Accepted, Cut};
 use super::*;
 use crate::RetryPolicy;
-use crate::channel::{ChannelBuilder, HedgingPolicy, Routing, Select};
+use crate::channel::{
+    ChannelBuilder, HedgingPolicy, PickInfo, PickPolicy, ReadyEndpoints, Routing, Select,
+};
 use crate::metrics::tests::memory::Memory;
 
 fn limited(
@@ -171,7 +173,7 @@ async fn an_endpoint_at_its_limit_is_skipped() {
             open.push(server.accept().await);
         }
         let status = dropped(&channel).await;
-        let expected = "each ready endpoint has 2 requests in flight";
+        let expected = "each endpoint that the call may use has 2 requests in flight";
         assert!(status.message().contains(expected), "{status}");
         reply(open.swap_remove(2)).await;
         until("a call has ended", || {
@@ -315,7 +317,14 @@ async fn a_hedge_over_a_limit_is_not_sent() {
             open.len() == expected
         })
         .await;
-        tokio::time::sleep(Duration::from_millis(20)).await;
+        // The hedge of a channel without a limit, which is due later, arrives. So that of the call was due as well.
+        let mut others = [Raw::start(|_| ()), Raw::start(|_| ())];
+        let unlimited = limited(|builder| builder.hedge(hedging.clone()), &others.each_ref());
+        ready(&unlimited, 2).await;
+        let hedged = spawn(&unlimited, false);
+        let [first, second] = &mut others;
+        let _hedges = (first.accept().await, second.accept().await);
+        hedged.abort();
         assert!(
             servers
                 .iter_mut()
@@ -347,6 +356,111 @@ async fn a_call_that_waits_for_an_endpoint_takes_no_place_of_other_calls() {
     ended(call).await.expect("an answer");
     selected.abort();
     until("no call waits", || waiting(&channel) == 0).await;
+}
+
+/// Other requests may hold all places, for example those on a connection that is closing.
+#[tokio::test]
+async fn a_call_needs_no_place_while_no_endpoint_is_ready() {
+    let (changes, stream) = mpsc::unbounded_channel();
+    let channel = BalancedChannel::builder()
+        .max_requests(1)
+        .discover(UnboundedReceiverStream::new(stream))
+        .connect_lazy();
+    let held = channel.0.shared().place().expect("a free place");
+    let call = spawn(&channel, false);
+    until("the call waits", || waiting(&channel) == 1).await;
+    drop(held);
+    let mut server = Raw::start(|_| ());
+    insert(&changes, &server.address(), Attributes::new());
+    reply(server.accept().await).await;
+    ended(call).await.expect("an answer");
+    assert_eq!((in_flight(&channel), waiting(&channel)), (0, 0));
+}
+
+#[tokio::test]
+async fn a_call_that_waits_for_a_place_fails_when_the_channel_ends() {
+    let mut server = Raw::start(|_| ());
+    let channel = limited(|builder| builder.max_requests(1), &[&server]);
+    ready(&channel, 1).await;
+    let _first = spawn(&channel, true);
+    let _open = server.accept().await;
+    let waits = spawn(&channel, true);
+    until("the call waits", || waiting(&channel) == 1).await;
+    channel.0.balancer.end("the test has ended it");
+    let status = ended(waits).await.expect_err("the end of the channel");
+    assert!(
+        status.message().contains("the test has ended it"),
+        "{status}"
+    );
+}
+
+struct Panics;
+
+impl PickPolicy for Panics {
+    fn pick(&self, call: &PickInfo, _: &ReadyEndpoints<'_>) -> Option<usize> {
+        assert!(
+            call.headers().contains_key("x-valid"),
+            "a fault of the policy"
+        );
+        None
+    }
+}
+
+#[tokio::test]
+async fn a_pick_that_panics_takes_no_place() {
+    let mut server = Raw::start(|_| ());
+    let channel = limited(
+        |builder| builder.max_requests(1).pick_policy(Panics),
+        &[&server],
+    );
+    ready(&channel, 1).await;
+    let error = spawn(&channel, false).await.expect_err("a panic");
+    assert!(error.is_panic());
+    assert_eq!(in_flight(&channel), 0);
+    let call = |channel: &BalancedChannel| {
+        let mut client = GreeterClient::new(channel.clone());
+        let mut request = Request::new(hello("world"));
+        request.extensions_mut().insert(WaitForReady::new(true));
+        let valid = "1".parse().expect("a value");
+        request.metadata_mut().insert("x-valid", valid);
+        tokio::spawn(async move { client.say_hello(request).await })
+    };
+    let first = call(&channel);
+    let open = server.accept().await;
+    // This call panics after it has waited for its place.
+    let panics = spawn(&channel, true);
+    until("the call waits", || waiting(&channel) == 1).await;
+    reply(open).await;
+    first.await.expect("no panic").expect("an answer");
+    assert!(panics.await.expect_err("a panic").is_panic());
+    let next = call(&channel);
+    reply(server.accept().await).await;
+    next.await.expect("no panic").expect("an answer");
+    assert_eq!(in_flight(&channel), 0);
+}
+
+/// The wait can be long: the server chooses it.
+#[tokio::test]
+async fn a_failed_hedge_holds_no_place_while_the_call_waits_for_the_next() {
+    let mut server = Raw::start(|_| ());
+    let hedging = HedgingPolicy::new(2, Duration::from_millis(1));
+    let channel = limited(|builder| builder.max_requests(1).hedge(hedging), &[&server]);
+    ready(&channel, 1).await;
+    let waits = spawn(&channel, false);
+    let (request, mut respond) = server.accept().await;
+    drop(request);
+    let mut head = grpc_head();
+    for (name, value) in [("grpc-status", "14"), ("grpc-retry-pushback-ms", "3600000")] {
+        let value = value.parse().expect("a value");
+        head.headers_mut().insert(name, value);
+    }
+    respond.send_response(head, true).expect("a live call");
+    until("the place is free", || in_flight(&channel) == 0).await;
+    let next = spawn(&channel, false);
+    reply(server.accept().await).await;
+    ended(next).await.expect("an answer");
+    assert!(!waits.is_finished());
+    waits.abort();
 }
 
 /// Calls that wait get their places when an endpoint becomes ready.
@@ -421,6 +535,7 @@ async fn a_call_with_large_metadata_on_a_connection_of_its_own_counts() {
     let large = tokio::spawn(async move { client.say_hello(request).await });
     let accepted = server.accept().await;
     assert_eq!(server.connections.load(Ordering::SeqCst), 2);
+    assert_eq!(channel.endpoints()[0].in_flight, 1, "it counts once");
     dropped(&channel).await;
     reply(accepted).await;
     large.await.expect("no panic").expect("an answer");

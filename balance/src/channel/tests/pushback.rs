@@ -6,7 +6,7 @@ use tokio::time::Instant;
 use super::support::{Accepted, Cut, EMPTY_MESSAGE};
 use super::*;
 use crate::RetryPolicy;
-use crate::channel::{ChannelBuilder, EjectionReason, EndpointStatus};
+use crate::channel::{ChannelBuilder, EjectionReason, EndpointStatus, Routing, Select};
 
 /// A server that answers calls, and refuses them while `refusal` is set: with these headers, in the head or after a message.
 struct Server {
@@ -87,7 +87,9 @@ async fn channel_to(
     configure: impl FnOnce(ChannelBuilder) -> ChannelBuilder,
 ) -> BalancedChannel {
     // In turn, so that each server gets calls unless it is excluded.
-    let builder = BalancedChannel::builder().policy(LbPolicy::WeightedRoundRobin);
+    let builder = BalancedChannel::builder()
+        .policy(LbPolicy::WeightedRoundRobin)
+        .max_pushback(Duration::from_secs(10));
     let channel = configure(builder)
         .addresses(servers.iter().map(|server| server.cut.address()))
         .connect_lazy();
@@ -190,7 +192,7 @@ async fn a_pushback_in_the_trailers_of_a_stream_keeps_new_calls_away() {
         say(&channel).await.expect("no call fails");
     }
     assert_eq!(servers[0].calls(), refused);
-    // The longest pushback is ten seconds.
+    // `max_pushback` is ten seconds.
     let until = status(&channel, &servers[0])
         .pushback_until
         .expect("a pushback");
@@ -219,31 +221,161 @@ async fn other_failures_and_a_pushback_that_forbids_retries_keep_no_call_away() 
             "{status}"
         );
     }
+    // Disabled explicitly, and by default.
     let disabled = |builder: ChannelBuilder| builder.max_pushback(Duration::ZERO);
-    let channel = channel_to(&servers.each_ref(), disabled).await;
-    servers[0].set(refusal(Code::ResourceExhausted, "60000"));
-    for _ in 0..3 {
-        until_refused(&channel, Code::ResourceExhausted).await;
+    let by_default = BalancedChannel::builder()
+        .policy(LbPolicy::WeightedRoundRobin)
+        .addresses(servers.iter().map(|server| server.cut.address()))
+        .connect_lazy();
+    ready(&by_default, 2).await;
+    for channel in [channel_to(&servers.each_ref(), disabled).await, by_default] {
+        servers[0].set(refusal(Code::ResourceExhausted, "60000"));
+        for _ in 0..3 {
+            until_refused(&channel, Code::ResourceExhausted).await;
+        }
+        assert_eq!(status(&channel, &servers[0]).pushback_until, None);
     }
-    assert_eq!(status(&channel, &servers[0]).pushback_until, None);
 }
 
-/// With one server, and while more than half of the servers are in pushback, all servers get calls.
+/// Makes calls until the pushback of the server has ended. It must never be excluded.
+async fn never_excluded(channel: &BalancedChannel, server: &Server) {
+    while status(channel, server).pushback_until.is_none() {
+        let _ = say(channel).await;
+    }
+    while status(channel, server).pushback_until.is_some() {
+        let _ = say(channel).await;
+        server.set(None);
+        let status = status(channel, server);
+        assert!(!status.ejected, "{status}");
+    }
+}
+
 #[tokio::test]
-async fn pushbacks_of_more_than_half_of_the_endpoints_are_ignored() {
+async fn pushbacks_count_by_weight() {
+    let servers = [Server::start(), Server::start()];
+    let (changes, stream) = mpsc::unbounded_channel();
+    let channel = BalancedChannel::builder()
+        .policy(LbPolicy::WeightedRoundRobin)
+        .max_pushback(Duration::from_secs(10))
+        .discover(UnboundedReceiverStream::new(stream))
+        .connect_lazy();
+    for (server, weight) in servers.iter().zip([3, 1]) {
+        let attributes = Attributes::new().with_weight(weight);
+        insert(&changes, &server.cut.address(), attributes);
+    }
+    ready(&channel, 2).await;
+    servers[0].set(refusal(Code::ResourceExhausted, "300"));
+    never_excluded(&channel, &servers[0]).await;
+    servers[1].set(refusal(Code::ResourceExhausted, "60000"));
+    until_refused(&channel, Code::ResourceExhausted).await;
+    pushed_back(&channel, &servers[1]).await;
+}
+
+#[tokio::test]
+async fn a_ring_ignores_pushbacks() {
+    let servers = [Server::start(), Server::start()];
+    let configure = |builder: ChannelBuilder| builder.policy(LbPolicy::RingHash);
+    let channel = channel_to(&servers.each_ref(), configure).await;
+    servers[0].set(refusal(Code::ResourceExhausted, "300"));
+    never_excluded(&channel, &servers[0]).await;
+}
+
+/// Calls that wait for the selection get the streams of its server.
+#[tokio::test]
+async fn a_selection_whose_servers_all_push_back_is_served() {
+    let mut servers = [Raw::start(|_| ()), Raw::start(|_| ()), Raw::start(|_| ())];
+    let (changes, stream) = mpsc::unbounded_channel();
+    let channel = BalancedChannel::builder()
+        .max_pushback(Duration::from_secs(3600))
+        .max_requests_per_endpoint(1)
+        .discover(UnboundedReceiverStream::new(stream))
+        .connect_lazy();
+    for (server, version) in servers.iter().zip(["1", "2", "2"]) {
+        let attributes = Attributes::new().with_version(version);
+        insert(&changes, &server.address(), attributes);
+    }
+    ready(&channel, 3).await;
+    let call = || {
+        let mut client = GreeterClient::new(channel.clone());
+        let mut request = Request::new(hello("world"));
+        request.extensions_mut().insert(WaitForReady::new(true));
+        request.extensions_mut().insert(Select::version("1"));
+        tokio::spawn(async move { client.say_hello(request).await })
+    };
+    let busy = &mut servers[0];
+    let refused = call();
+    let refusal = refusal(Code::ResourceExhausted, "3600000");
+    refuse(busy.accept().await, refusal);
+    let status = refused.await.expect("no panic").expect_err("a refusal");
+    assert_eq!(status.code(), Code::ResourceExhausted);
+    let shared = channel.0.shared();
+    until("the server is excluded", || shared.summary().ready == 2).await;
+    let first = call();
+    let open = busy.accept().await;
+    let second = call();
+    until("the second call waits", || shared.waiters().waiting() == 1).await;
+    reply(open).await;
+    reply(in_time("the second call", busy.accept()).await).await;
+    for call in [first, second] {
+        call.await.expect("no panic").expect("an answer");
+    }
+}
+
+/// The refusal is about the server that is about to end, and the address may already belong to the next one.
+#[tokio::test]
+async fn a_refusal_on_a_closing_connection_keeps_no_call_away() {
+    let mut server = Raw::start(|_| ());
+    let channel = BalancedChannel::builder()
+        .max_pushback(Duration::from_secs(10))
+        .addresses([server.address()])
+        .connect_lazy();
+    ready(&channel, 1).await;
+    for is_replaced in [true, false] {
+        let routing = Routing::avoiding([]);
+        let request = http::Request::post("/helloworld.Greeter/SayHello")
+            .body(tonic::body::Body::empty())
+            .expect("a request");
+        let response = channel.call_routed(&routing, request);
+        let routed = tokio::spawn(async move { response.await.map(drop) });
+        let open = server.accept().await;
+        if is_replaced {
+            channel.reconnect(&routing);
+            until("the connection is replaced", || {
+                server.connections.load(Ordering::SeqCst) == 2
+            })
+            .await;
+            ready(&channel, 1).await;
+        }
+        refuse(open, refusal(Code::ResourceExhausted, "60000"));
+        let status = routed.await.expect("no panic").expect_err("a refusal");
+        assert_eq!(status.code(), Code::ResourceExhausted);
+        let has_pushback = channel.endpoints()[0].pushback_until.is_some();
+        assert_eq!(has_pushback, !is_replaced);
+    }
+}
+
+/// With one server, and while too many servers are in pushback, all servers get calls.
+#[tokio::test]
+async fn pushbacks_of_too_many_endpoints_are_ignored() {
     let refuses = refusal(Code::ResourceExhausted, "60000");
     for count in 1..=4 {
         let servers: Vec<_> = (0..count).map(|_| Server::start()).collect();
         let all: Vec<_> = servers.iter().collect();
         let channel = channel_to(&all, |builder| builder).await;
         let ejected = || channel.endpoints().iter().filter(|one| one.ejected).count();
+        let mut expected = 0;
         for (number, server) in (1..).zip(&servers) {
             server.set(refuses);
             // While the pushbacks are ignored, calls are refused at any of these servers.
             while status(&channel, server).pushback_until.is_none() {
                 until_refused(&channel, Code::ResourceExhausted).await;
             }
-            let expected = if 2 * number <= count { number } else { 0 };
+            let is_ignored = if expected > 0 {
+                3 * number > 2 * count
+            } else {
+                2 * number > count
+            };
+            expected = if is_ignored { 0 } else { number };
             until("the pushbacks are counted", || ejected() == expected).await;
             let recorded = channel.endpoints();
             let recorded = recorded.iter().filter(|one| one.pushback_until.is_some());
