@@ -109,8 +109,8 @@ async fn serve(ip: Ipv4Addr, port: u16) -> u16 {
 async fn call(channel: &BalancedChannel) -> String {
     let mut request = Request::new(hello());
     request.set_timeout(SOON);
-    let response = GreeterClient::new(channel.clone()).say_hello(request);
-    let response = response.await.unwrap();
+    let mut client = GreeterClient::new(channel.clone());
+    let response = client.say_hello(request).await.unwrap();
     let served_by = response.extensions().get::<ServedBy>().unwrap();
     served_by.address().to_string()
 }
@@ -200,7 +200,9 @@ async fn a_server_that_moves_to_another_address_is_found_after_a_failed_attempt_
     let (here, there) = (Ipv4Addr::LOCALHOST, Ipv4Addr::new(127, 0, 0, 2));
     // All connections of the old server end with its runtime.
     let old = Runtime::new().unwrap();
-    let port = old.spawn(serve(here, 0)).await.unwrap();
+    let is_free = |port: &u16| std::net::TcpListener::bind((there, *port)).is_ok();
+    let port = std::iter::repeat_with(free_port).find(is_free).unwrap();
+    old.spawn(serve(here, port)).await.unwrap();
     let target = "a.greeter.test";
     // The time to live is longer than the test.
     let server = Dnsmasq::start(600, &[(target, port, 0, 0)], &[(target, here)]).await;

@@ -1,7 +1,7 @@
 //! Proxies in front of servers.
 
 use std::fs;
-use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU16, Ordering};
 
@@ -217,7 +217,9 @@ pub fn free_port() -> u16 {
     let base = u16::try_from(std::process::id() % 100).unwrap() * 20;
     loop {
         let port = 30_000 + (base + NEXT.fetch_add(1, Ordering::SeqCst)) % 2_500;
-        if TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok() {
+        let address = (Ipv4Addr::LOCALHOST, port);
+        // A name server also uses UDP.
+        if TcpListener::bind(address).is_ok() && UdpSocket::bind(address).is_ok() {
             return port;
         }
     }

@@ -2,6 +2,8 @@
 
 mod lookups;
 #[cfg(feature = "dns-srv")]
+mod name_servers;
+#[cfg(feature = "dns-srv")]
 mod srv;
 #[cfg(feature = "dns-srv")]
 mod srv_lookup;

@@ -20,8 +20,9 @@ use crate::channel::source::{EndpointSource, Endpoints, ServerName, SourceContex
 /// Each SRV record has a target with its addresses, a port, a priority and a weight. Each address of a target is an endpoint, with the port
 /// of the record.
 ///
-/// - *Priority*: the endpoints are the targets of the records with the lowest priority. If none of these targets has an address, the next
-///   priority is used, and so on. The channel does not use a higher priority because servers of the lowest one fail.
+/// - *Priority*: the endpoints are the targets of the records with the lowest priority. If none of these targets has an address, or if none
+///   of them can be looked up at the start, the next priority is used, and so on. If the servers of the lowest priority fail, the channel
+///   still does not use the next priority.
 /// - *Weight*: the weight of the record is the [weight](Attributes::with_weight) of the endpoint. A weight of 0 counts as 1, so that a
 ///   record with weight 0 beside others has the small chance that RFC 2782 demands. If the targets have different numbers of addresses, the
 ///   addresses of a target share its weight, and all weights are multiplied by 60.
@@ -35,10 +36,12 @@ use crate::channel::source::{EndpointSource, Endpoints, ServerName, SourceContex
 ///
 /// If a lookup fails, or its answer contains no record, or no target has an address, the endpoints stay as they are. If only the lookup of
 /// a target fails, its last known addresses stay. The lookup is then repeated after 1 s, 2 s, 4 s and so on, at most after the interval. The
-/// errors of calls that find no endpoint contain the failure.
+/// errors of calls that find no endpoint contain the failure. A lookup fails after 30 s, and if the name has more than 1 000 records or its
+/// targets have more than 10 000 addresses.
 ///
-/// The queries are sent to the name servers in `/etc/resolv.conf`, over UDP, and over TCP if an answer is truncated. The name and the
-/// targets are absolute: `search` has no effect, and neither has `/etc/hosts`.
+/// The queries are sent to the name servers in `/etc/resolv.conf`, over UDP, and over TCP if an answer is truncated. After an error or 2 s
+/// without an answer, the next name server is used. The name and the targets are absolute: `search` has no effect, and neither has
+/// `/etc/hosts`.
 ///
 /// The name without its first labels that begin with an underscore is the domain: `greeter.default.svc.cluster.local` in the example. It is
 /// the server name for TLS, unless the TLS configuration contains another one, and the authority of calls. The targets are not, because an
@@ -82,6 +85,10 @@ impl DnsSrv {
     }
 
     /// Adds a name server, for example the one of Consul at `127.0.0.1:8600`. By default, the name servers in `/etc/resolv.conf` are used.
+    ///
+    /// The query for the SRV records is sent over TCP, and over UDP if that fails. Over UDP, Consul leaves out records of a long answer, and
+    /// marks the answer as truncated only with the setting `dns_config.enable_truncate = true`. So this setting is necessary if Consul is
+    /// behind one of the name servers in `/etc/resolv.conf`.
     ///
     /// ```
     /// use tonic_balance::channel::DnsSrv;

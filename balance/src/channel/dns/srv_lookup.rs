@@ -8,39 +8,49 @@ use std::time::Duration;
 use bytes::Bytes;
 use domain::base::iana::Rcode;
 use domain::base::name::ToName;
-use domain::base::{Message, Name, Rtype};
+use domain::base::{Message, Rtype};
 use domain::rdata::{A, Aaaa, Srv};
-use domain::resolv::StubResolver;
-use domain::resolv::stub::conf::{ResolvConf, ServerConf, Transport};
 use tokio::sync::Semaphore;
-use tokio::task::{JoinSet, spawn_blocking};
+use tokio::task::JoinSet;
 
+use super::name_servers::{DnsName, NameServers, PANICKED};
 use super::srv_records::{SrvRecord, by_priority, endpoints};
 use super::task::{Found, Lookup};
 use crate::attributes::Attributes;
 
-type DnsName = Name<Vec<u8>>;
 type Record = SrvRecord<DnsName>;
 
 /// Looks up the SRV records of a name.
 pub(super) struct SrvLookup {
     name: DnsName,
     name_servers: Vec<SocketAddr>,
-    /// The last known IPv4 and IPv6 addresses of each target, for a lookup that fails.
-    known: HashMap<DnsName, [Vec<IpAddr>; 2]>,
+    /// The last known IPv4 and IPv6 addresses of each target, for a lookup that fails. `None` if no lookup has succeeded.
+    known: HashMap<DnsName, [Option<Vec<IpAddr>>; 2]>,
 }
 
-/// The answer to a query for the addresses of one version of IP.
+/// The addresses of one version of IP, and the time for which they are valid.
 type AddressAnswer = Result<(Vec<IpAddr>, Option<Duration>), String>;
 
 /// What is known about the targets of a lookup so far.
 struct Progress {
-    resolver: Arc<StubResolver>,
+    servers: Arc<NameServers>,
     /// The addresses in the additional section of the answer.
     additional: HashMap<DnsName, [Vec<IpAddr>; 2]>,
+    /// The targets that were looked up. A target can have records of several priorities.
+    done: HashSet<DnsName>,
+    /// Number of the addresses in the answers for the targets.
+    addresses: usize,
     ttl: Option<Duration>,
-    /// The first failure of a lookup of a target.
+    /// The failure of a lookup of a target.
     trouble: Option<String>,
+}
+
+impl Progress {
+    /// Records a failure. That of the smallest name is reported, so that a failure that repeats has the same text.
+    fn on_failure(&mut self, failure: String) {
+        let smallest = self.trouble.take().into_iter().chain([failure]).min();
+        self.trouble = smallest;
+    }
 }
 
 impl SrvLookup {
@@ -52,59 +62,80 @@ impl SrvLookup {
         }
     }
 
-    /// Returns the addresses of the targets of a group. A target whose lookup fails keeps its last known addresses.
-    async fn resolve(
+    /// Returns the records of a group with the addresses of their targets. A target whose lookup fails keeps its last known addresses.
+    async fn resolve<'a>(
         &mut self,
-        group: &[Record],
+        group: &'a [Record],
         progress: &mut Progress,
-    ) -> HashMap<DnsName, Vec<IpAddr>> {
-        let targets: HashSet<_> = group.iter().map(|record| &record.target).collect();
+    ) -> Result<Vec<(&'a Record, Vec<IpAddr>)>, String> {
         let mut lookups = JoinSet::new();
-        let permits = Arc::new(Semaphore::new(MAX_LOOKUPS));
-        for target in targets {
-            if let Some(found) = progress.additional.get(target) {
-                self.known.insert(target.clone(), found.clone());
-                continue;
-            }
-            let (target, permits) = (target.clone(), Arc::clone(&permits));
-            let resolver = Arc::clone(&progress.resolver);
+        let permits = Arc::new(Semaphore::new(MAX_QUERIES));
+        for (target, rtype) in self.unknown(group, progress) {
+            let (permits, servers) = (Arc::clone(&permits), Arc::clone(&progress.servers));
             lookups.spawn(async move {
                 // The semaphore is never closed.
                 let _permit = permits.acquire().await;
-                let answers = tokio::join!(
-                    addresses(&resolver, &target, Rtype::A),
-                    addresses(&resolver, &target, Rtype::AAAA),
-                );
-                (target, answers)
+                let answer = addresses(&servers, &target, rtype).await;
+                (target, rtype, answer)
             });
         }
         while let Some(done) = lookups.join_next().await {
-            let Ok((target, (v4, v6))) = done else {
-                progress.trouble.get_or_insert_with(|| PANICKED.to_owned());
+            let Ok((target, rtype, answer)) = done else {
+                progress.on_failure(PANICKED.to_owned());
                 continue;
             };
-            let known = self.known.entry(target.clone()).or_default();
-            for (known, answer) in known.iter_mut().zip([v4, v6]) {
-                match answer {
-                    Ok((addresses, ttl)) => {
-                        *known = addresses;
-                        progress.ttl = shorter(progress.ttl, ttl);
+            match answer {
+                Ok((addresses, ttl)) => {
+                    progress.addresses += addresses.len();
+                    if progress.addresses > MAX_ADDRESSES {
+                        return Err(too_many_addresses());
                     }
-                    Err(error) => {
-                        let trouble = format!("the target {target} cannot be looked up: {error}");
-                        progress.trouble.get_or_insert(trouble);
-                    }
+                    progress.ttl = shorter(progress.ttl, ttl);
+                    let [v4, v6] = self.known.entry(target).or_default();
+                    *(if rtype == Rtype::A { v4 } else { v6 }) = Some(addresses);
+                }
+                Err(error) => {
+                    let failure = format!("the target {target} cannot be looked up: {error}");
+                    progress.on_failure(failure);
                 }
             }
         }
-        let known = |record: &Record| {
-            let addresses = self.known.get(&record.target);
-            addresses.map(|[v4, v6]| [&v4[..], &v6[..]].concat())
-        };
-        group
-            .iter()
-            .map(|record| (record.target.clone(), known(record).unwrap_or_default()))
-            .collect()
+        let mut resolved = Vec::new();
+        let mut count = 0;
+        for record in group {
+            let known = self.known.get(&record.target).into_iter().flatten();
+            let addresses: Vec<_> = known.flatten().flatten().copied().collect();
+            // Several records can have the same target.
+            count += addresses.len();
+            if count > MAX_ADDRESSES {
+                return Err(too_many_addresses());
+            }
+            resolved.push((record, addresses));
+        }
+        Ok(resolved)
+    }
+
+    /// Returns the queries for the targets of a group: those for addresses that the additional section does not contain. A version of IP
+    /// that it does not contain is not queried if there was no address of this version before.
+    fn unknown(&mut self, group: &[Record], progress: &mut Progress) -> Vec<(DnsName, Rtype)> {
+        let mut queries = Vec::new();
+        for Record { target, .. } in group {
+            if !progress.done.insert(target.clone()) {
+                continue;
+            }
+            let found = progress.additional.remove(target).unwrap_or_default();
+            let has_some = found.iter().any(|addresses| !addresses.is_empty());
+            let known = self.known.entry(target.clone()).or_default();
+            let versions = [Rtype::A, Rtype::AAAA].into_iter().zip(known);
+            for ((rtype, known), found) in versions.zip(found) {
+                if !found.is_empty() {
+                    *known = Some(found);
+                } else if !has_some || known.as_ref().is_none_or(|known| !known.is_empty()) {
+                    queries.push((target.clone(), rtype));
+                }
+            }
+        }
+        queries
     }
 }
 
@@ -112,8 +143,8 @@ impl Lookup for SrvLookup {
     type Attributes = Attributes;
 
     async fn lookup(&mut self) -> Result<Found<Attributes>, String> {
-        let stub = Arc::new(stub_resolver(self.name_servers.clone()).await);
-        let response = isolated(Arc::clone(&stub), self.name.clone(), Rtype::SRV).await?;
+        let servers = Arc::new(NameServers::new(&self.name_servers).await?);
+        let response = servers.query_srv(&self.name).await?;
         let records = srv_records(&response)?;
         match &records[..] {
             [] => return Err("the name has no SRV record".to_owned()),
@@ -125,20 +156,15 @@ impl Lookup for SrvLookup {
         let named: HashSet<_> = records.iter().map(|record| &record.target).collect();
         self.known.retain(|target, _| named.contains(target));
         let mut progress = Progress {
-            resolver: stub,
+            servers,
             additional: additional_addresses(&response, &named),
+            done: HashSet::new(),
+            addresses: 0,
             ttl: shortest_ttl(&response),
             trouble: None,
         };
         for group in by_priority(records) {
-            let by_target = self.resolve(&group, &mut progress).await;
-            let resolved: Vec<_> = group
-                .iter()
-                .map(|record| {
-                    let addresses = by_target.get(&record.target);
-                    (record, addresses.cloned().unwrap_or_default())
-                })
-                .collect();
+            let resolved = self.resolve(&group, &mut progress).await?;
             let weights = endpoints(&resolved);
             if weights.is_empty() {
                 continue;
@@ -157,61 +183,9 @@ impl Lookup for SrvLookup {
     }
 }
 
-/// Creates a resolver with these name servers, or else with those of the system. It is created for each lookup, because the system's
-/// configuration can change.
-async fn stub_resolver(name_servers: Vec<SocketAddr>) -> StubResolver {
-    let mut conf = ResolvConf::new();
-    if name_servers.is_empty() {
-        // This reads a file.
-        if let Ok(read) = spawn_blocking(ResolvConf::default).await {
-            conf = read;
-        }
-    }
-    let given = name_servers.into_iter();
-    conf.servers
-        .extend(given.map(|server| ServerConf::new(server, Transport::UdpTcp)));
-    conf.options.timeout = conf.options.timeout.min(QUERY_TIMEOUT);
-    conf.finalize();
-    StubResolver::from_conf(conf)
-}
-
-/// Sends a query in a task of its own, so that a panic in the resolver does not end the lookups.
-async fn isolated(
-    resolver: Arc<StubResolver>,
-    name: DnsName,
-    rtype: Rtype,
-) -> Result<Message<Bytes>, String> {
-    let mut task = JoinSet::new();
-    task.spawn(async move { query(&resolver, &name, rtype).await });
-    match task.join_next().await {
-        Some(Ok(answer)) => answer,
-        _ => Err(PANICKED.to_owned()),
-    }
-}
-
-/// Sends a query, and sends it again after a failure. The answer may have no record.
-async fn query(
-    resolver: &StubResolver,
-    name: &DnsName,
-    rtype: Rtype,
-) -> Result<Message<Bytes>, String> {
-    let mut failure = String::new();
-    for _ in 0..ATTEMPTS {
-        match resolver.query::<&DnsName, _>((name, rtype)).await {
-            Ok(answer) if answer.is_final() => return Ok(answer.into_message()),
-            Ok(answer) if answer.is_truncated() => {
-                "the answer is truncated".clone_into(&mut failure);
-            }
-            Ok(answer) => failure = format!("the name server returned {}", answer.header().rcode()),
-            Err(error) => failure = error.to_string(),
-        }
-    }
-    Err(failure)
-}
-
 /// Looks up the addresses of a target.
-async fn addresses(resolver: &StubResolver, target: &DnsName, rtype: Rtype) -> AddressAnswer {
-    let answer = query(resolver, target, rtype).await?;
+async fn addresses(servers: &NameServers, target: &DnsName, rtype: Rtype) -> AddressAnswer {
+    let answer = servers.query(target, rtype).await?;
     if answer.header().rcode() == Rcode::NXDOMAIN {
         return Ok((Vec::new(), None));
     }
@@ -243,6 +217,9 @@ fn srv_records(answer: &Message<Bytes>) -> Result<Vec<Record>, String> {
     for record in found.limit_to_in::<Srv<_>>() {
         let record = record.map_err(|_| MALFORMED)?;
         if record.owner() == &owner {
+            if records.len() == MAX_RECORDS {
+                return Err(format!("the name has more than {MAX_RECORDS} SRV records"));
+            }
             let data = record.data();
             records.push(SrvRecord {
                 priority: data.priority(),
@@ -291,12 +268,14 @@ fn shorter(one: Option<Duration>, other: Option<Duration>) -> Option<Duration> {
     one.into_iter().chain(other).min()
 }
 
-/// The failure if a task of the resolver has panicked.
-const PANICKED: &str = "the resolver has panicked";
+fn too_many_addresses() -> String {
+    format!("the targets of the SRV records have more than {MAX_ADDRESSES} addresses")
+}
+
 const MALFORMED: &str = "the answer is malformed";
-/// Limit on the targets that are looked up at the same time.
-const MAX_LOOKUPS: usize = 16;
-/// Number of attempts of a query, because the network can lose a datagram.
-const ATTEMPTS: usize = 2;
-/// Timeout of one attempt.
-const QUERY_TIMEOUT: Duration = Duration::from_secs(2);
+/// Limit on the queries for addresses that are sent at the same time.
+const MAX_QUERIES: usize = 32;
+/// Limit on the SRV records of a name.
+const MAX_RECORDS: usize = 1_000;
+/// Limit on the addresses of a group of records. An answer over TCP can have 4 000 of them.
+const MAX_ADDRESSES: usize = 10_000;

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::{Notify, mpsc, oneshot};
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, sleep_until, timeout};
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tower::discover::Change;
 
@@ -99,7 +99,9 @@ impl<L: Lookup> Task<L> {
         loop {
             let start = Instant::now();
             let answer = tokio::select! {
-                answer = self.lookup.lookup() => answer,
+                answer = timeout(LOOKUP_TIMEOUT, self.lookup.lookup()) => {
+                    answer.unwrap_or_else(|_| Err(LATE.to_owned()))
+                }
                 () = self.changes.closed() => return,
             };
             let outcome = answer.and_then(|found| self.allowed(found));
@@ -210,4 +212,8 @@ pub(super) const INTERVAL: Duration = Duration::from_secs(30);
 const MIN_INTERVAL: Duration = Duration::from_secs(5);
 /// The end of the interval must be representable as an `Instant`.
 const MAX_INTERVAL: Duration = Duration::from_secs(24 * 3600);
+/// Timeout of a lookup. The endpoints of many targets can need many queries, and each of them can time out.
+const LOOKUP_TIMEOUT: Duration = Duration::from_secs(30);
+/// The failure after this timeout.
+const LATE: &str = "it was not complete after 30 s";
 const FIRST_BACKOFF: Duration = Duration::from_secs(1);

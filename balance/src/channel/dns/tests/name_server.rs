@@ -28,10 +28,12 @@ pub(super) struct Zone {
     pub(super) records: Vec<(&'static str, u32, Data)>,
     /// The names for which queries fail with `SERVFAIL`.
     pub(super) failing: BTreeSet<&'static str>,
-    /// Whether the additional section has the addresses of targets.
-    pub(super) has_additional: bool,
+    /// The types of the addresses of targets in the additional section.
+    pub(super) additional: Vec<Rtype>,
     /// Whether each answer over UDP is truncated.
     pub(super) truncates: bool,
+    /// Whether connections are closed before an answer.
+    pub(super) closes_connections: bool,
     /// Number of further queries over UDP without an answer.
     pub(super) lost: usize,
     /// The queries so far: the transport, the type and the name.
@@ -104,7 +106,7 @@ async fn serve_connection(mut stream: TcpStream, zone: Arc<Mutex<Zone>>) {
             return;
         }
         let Some(answer) = answer(&query, &zone, true) else {
-            continue;
+            return;
         };
         let length = u16::try_from(answer.len()).expect("a short answer");
         let sent = async {
@@ -130,6 +132,9 @@ fn answer(query: &[u8], zone: &Mutex<Zone>, is_tcp: bool) -> Option<Vec<u8>> {
     let transport = if is_tcp { "tcp" } else { "udp" };
     let rtype = question.qtype();
     zone.queries.push(format!("{transport} {rtype} {asked}"));
+    if is_tcp && zone.closes_connections {
+        return None;
+    }
     if !is_tcp && zone.lost > 0 {
         zone.lost -= 1;
         return None;
@@ -163,17 +168,17 @@ fn answer(query: &[u8], zone: &Mutex<Zone>, is_tcp: bool) -> Option<Vec<u8>> {
         }
     }
     let mut builder = builder.additional();
-    if zone.has_additional {
-        for (of, ttl, data) in &zone.records {
-            if targets.contains(of)
-                && let Data::Ip(ip) = data
-            {
-                let pushed = match ip.parse().expect("an address") {
-                    IpAddr::V4(ip) => builder.push((name(of), *ttl, A::new(ip))),
-                    IpAddr::V6(ip) => builder.push((name(of), *ttl, Aaaa::new(ip))),
-                };
-                pushed.expect("room in the answer");
-            }
+    for (of, ttl, data) in &zone.records {
+        if targets.contains(of)
+            && let Data::Ip(ip) = data
+        {
+            let has = |rtype| zone.additional.contains(&rtype);
+            let pushed = match ip.parse().expect("an address") {
+                IpAddr::V4(ip) if has(Rtype::A) => builder.push((name(of), *ttl, A::new(ip))),
+                IpAddr::V6(ip) if has(Rtype::AAAA) => builder.push((name(of), *ttl, Aaaa::new(ip))),
+                _ => continue,
+            };
+            pushed.expect("room in the answer");
         }
     }
     Some(builder.finish())

@@ -1,7 +1,9 @@
 //! The source for SRV records, with a name server on a loopback socket.
 
+use std::net::SocketAddr;
 use std::time::Duration;
 
+use domain::base::Rtype;
 use tokio::net::TcpListener;
 use tokio::runtime::Handle;
 use tokio::time::{sleep, timeout};
@@ -18,8 +20,12 @@ use crate::channel::source::EndpointSource;
 const NAME: &str = "_grpc._tcp.greeter.test";
 
 fn lookup(server: &NameServer) -> SrvLookup {
+    lookup_of(&[server.address])
+}
+
+fn lookup_of(servers: &[SocketAddr]) -> SrvLookup {
     let (name, _) = DnsSrv::parse(NAME).expect("a valid name");
-    SrvLookup::new(name, vec![server.address])
+    SrvLookup::new(name, servers.to_vec())
 }
 
 /// Returns the endpoints and their weights, or the error. The error must not contain control characters.
@@ -66,10 +72,117 @@ async fn the_addresses_in_the_additional_section_save_the_queries_for_the_target
         ("a.test", Data::Ip("fd00::1")),
     ])
     .await;
-    server.zone().has_additional = true;
+    server.zone().additional = vec![Rtype::A, Rtype::AAAA];
     let found = endpoints(&mut lookup(&server)).await.expect("endpoints");
     assert_eq!(found, ["10.0.0.1:50051 1", "[fd00::1]:50051 1"]);
-    assert_eq!(server.zone().queries, [format!("udp SRV {NAME}")]);
+    assert_eq!(server.zone().queries, [format!("tcp SRV {NAME}")]);
+}
+
+/// A name server may add only a part of the addresses.
+#[tokio::test]
+async fn addresses_that_the_additional_section_lacks_are_looked_up() {
+    let server = NameServer::start(&[
+        (NAME, Data::Srv(0, 1, 50_051, "a.test")),
+        ("a.test", Data::Ip("10.0.0.1")),
+        ("a.test", Data::Ip("fd00::1")),
+    ])
+    .await;
+    server.zone().additional = vec![Rtype::A];
+    let mut lookup = lookup(&server);
+    let asked = || {
+        let queries = std::mem::take(&mut server.zone().queries);
+        let asked = queries.iter().filter(|query| query.ends_with("a.test"));
+        assert!(asked.clone().all(|query| query == "udp AAAA a.test"));
+        asked.count()
+    };
+    let both = ["10.0.0.1:50051 1", "[fd00::1]:50051 1"];
+    for _ in 0..2 {
+        assert_eq!(endpoints(&mut lookup).await.expect("endpoints"), both);
+        assert_eq!(asked(), 1);
+    }
+    server.zone().records.pop();
+    for queries in [1, 0] {
+        let found = endpoints(&mut lookup).await.expect("endpoints");
+        assert_eq!((&found[..], asked()), (&[both[0].to_owned()][..], queries));
+    }
+}
+
+#[tokio::test]
+async fn the_next_name_server_is_used_after_an_error_of_the_first() {
+    let records = [
+        (NAME, Data::Srv(0, 1, 50_051, "a.test")),
+        ("a.test", Data::Ip("10.0.0.1")),
+    ];
+    let good = NameServer::start(&records).await;
+    let expected = Ok(vec!["10.0.0.1:50051 1".to_owned()]);
+    // No server has the first port. The other server fails only for the target.
+    let closed = SocketAddr::from(([127, 0, 0, 1], 9));
+    let failing = NameServer::start(&records).await;
+    failing.zone().failing.insert("a.test");
+    for first in [closed, failing.address] {
+        let mut lookup = lookup_of(&[first, good.address]);
+        assert_eq!(endpoints(&mut lookup).await, expected, "{first}");
+    }
+    // The same over UDP, with a server that fails for all names.
+    good.zone().closes_connections = true;
+    failing.zone().failing.insert(NAME);
+    for first in [closed, failing.address] {
+        let mut lookup = lookup_of(&[first, good.address]);
+        assert_eq!(endpoints(&mut lookup).await, expected, "{first}");
+    }
+    let queries = good.zone().queries.clone();
+    assert!(queries.contains(&format!("udp SRV {NAME}")), "{queries:?}");
+}
+
+#[tokio::test]
+async fn the_failure_of_the_smallest_target_is_reported_and_each_target_is_looked_up_once() {
+    let names = ["d.test", "b.test", "a.test", "c.test"];
+    let mut records: Vec<_> = names
+        .iter()
+        .map(|name| (NAME, Data::Srv(0, 1, 50_051, *name)))
+        .collect();
+    // The targets of the next priority are the same.
+    records.extend(names.map(|name| (NAME, Data::Srv(1, 1, 50_051, name))));
+    let server = NameServer::start(&records).await;
+    server.zone().failing.extend(names);
+    for _ in 0..5 {
+        let error = endpoints(&mut lookup(&server)).await;
+        let error = error.expect_err("a failure");
+        assert!(error.starts_with("the target a.test "), "{error}");
+        let queries = std::mem::take(&mut server.zone().queries);
+        let asked = queries.iter().filter(|query| *query == "udp A a.test");
+        // Two attempts.
+        assert_eq!(asked.count(), 2, "{queries:?}");
+    }
+}
+
+#[tokio::test]
+async fn too_many_records_or_addresses_are_an_error() {
+    const ELEVEN: [&str; 11] = [
+        "10.0.0.1", "10.0.0.2", "10.0.0.3", "10.0.0.4", "10.0.0.5", "10.0.0.6", "fd00::1",
+        "fd00::2", "fd00::3", "fd00::4", "fd00::5",
+    ];
+    let server = NameServer::start(&[]).await;
+    for port in 0..=1_000 {
+        let record = (NAME, 60, Data::Srv(0, 1, port, "a.test"));
+        server.zone().records.push(record);
+    }
+    let mut lookup = lookup(&server);
+    let error = endpoints(&mut lookup).await.expect_err("a failure");
+    assert_eq!(error, "the name has more than 1000 SRV records");
+    // 1 000 records with 11 addresses each.
+    server.zone().records.pop();
+    for address in ELEVEN {
+        let record = ("a.test", 60, Data::Ip(address));
+        server.zone().records.push(record);
+    }
+    let error = endpoints(&mut lookup).await.expect_err("a failure");
+    assert!(error.contains("more than 10000 addresses"), "{error}");
+    server.zone().records.pop();
+    assert_eq!(
+        endpoints(&mut lookup).await.expect("endpoints").len(),
+        10_000
+    );
 }
 
 #[tokio::test]
@@ -176,7 +289,7 @@ async fn a_truncated_answer_is_requested_over_tcp_and_a_lost_one_again() {
     let mut lookup = lookup(&server);
     assert_eq!(endpoints(&mut lookup).await.expect("endpoints").len(), 500);
     let queries = server.zone().queries.clone();
-    assert!(queries.contains(&format!("tcp SRV {NAME}")), "{queries:?}");
+    assert!(queries.contains(&"tcp A a.test".to_owned()), "{queries:?}");
     server.zone().lost = 1;
     assert_eq!(endpoints(&mut lookup).await.expect("endpoints").len(), 500);
 }
@@ -236,7 +349,9 @@ async fn the_domain_is_the_server_name_and_the_authority() {
         ("_grpc._tcp.Greeter.test.", "greeter.test"),
         ("greeter.service.consul", "greeter.service.consul"),
     ] {
-        let endpoints = DnsSrv::new(name).start(&context()).expect("a source");
+        // No server has this port, so no query leaves the machine.
+        let source = DnsSrv::new(name).name_server(([127, 0, 0, 1], 9));
+        let endpoints = source.start(&context()).expect("a source");
         let name = endpoints.name.expect("a server name");
         assert_eq!((&*name.host, &*name.authority), (domain, domain));
     }

@@ -125,3 +125,33 @@ async fn a_changed_attribute_inserts_the_endpoint_again_without_a_removal() {
         ]
     );
 }
+
+/// Never completes.
+struct Stuck(mpsc::UnboundedSender<Instant>);
+
+impl Lookup for Stuck {
+    type Attributes = u32;
+
+    async fn lookup(&mut self) -> Outcome {
+        // The test may have ended.
+        let _ = self.0.send(Instant::now());
+        std::future::pending().await
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lookup_that_does_not_end_fails_and_is_repeated() {
+    let (lookups, mut started) = mpsc::unbounded_channel();
+    let interval = Duration::from_secs(30);
+    let policy = AddressPolicy::default();
+    let mut endpoints = task::start("greeter.test".to_owned(), Stuck(lookups), interval, policy);
+    let error = endpoints.source_error.take().expect("a function");
+    let first = started.recv().await.expect("the first lookup");
+    let second = started.recv().await.expect("another lookup");
+    // After the timeout and the first backoff.
+    assert_eq!((second - first).as_secs(), 31);
+    assert_eq!(
+        error().as_deref(),
+        Some("the lookup of greeter.test failed: it was not complete after 30 s")
+    );
+}
