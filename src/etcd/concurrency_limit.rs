@@ -7,8 +7,9 @@ use tokio::time::timeout;
 
 /// The concurrency limit of a registry. A resolver acquires a permit before it lists keys, opens a watch or checks a key. A
 /// [`KeyWatch`](super::KeyWatch) acquires one before it opens a watch, and holds it until all watchers are created. The reads of a service
-/// config or of control keys acquire one as well. Reconciliations need no limit: they are spread over minutes. Neither do the requests of a
-/// registration for its lease and its own keys: they are few, and must not wait for those of the resolvers.
+/// config or of control keys acquire one as well. Reconciliations need no limit: they are spread over minutes. The lease requests of a
+/// registration, and its reads and writes of its keys, acquire none: they are few, and must not wait for those of the resolvers. Its watches
+/// and its repeated reads of control keys do.
 ///
 /// If 1 000 resolvers start at once and all of them send their requests at once, the memory of these requests is 20 kB for each resolver
 /// (measured), and the allocator keeps it afterwards. With the limit, it is 2 kB, and the resolvers take 0.1 s longer to start.

@@ -10,7 +10,7 @@ use std::time::Duration;
 use http::{HeaderValue, Request, Response};
 use http_body::Body;
 use pin_project_lite::pin_project;
-use tokio::time::{Sleep, sleep};
+use tokio::time::{Instant, Sleep, sleep};
 use tonic::{Code, Status};
 use tower::{Layer, Service};
 
@@ -21,10 +21,13 @@ use super::gradient::{Bounds, End};
 /// A [`tower::Layer`] for a server, which limits the number of calls in flight and adapts the limit to their latency. See the
 /// [module](super).
 ///
-/// A call over the limit fails with `RESOURCE_EXHAUSTED`, when its first message has arrived or after 20 ms. The header `grpc-retry-pushback-ms` of the response is the time after which
-/// clients with a [retry policy](crate::RetryPolicy) send the call again (gRFC A6): twice the latency without a queue, but 10 ms at least and
-/// 1 s at most.
-/// Calls of the health service are never refused and do not count.
+/// A call over the limit fails with `RESOURCE_EXHAUSTED` as soon as its request has arrived, or after 20 ms. The request is discarded. The
+/// header `grpc-retry-pushback-ms` of the response is the time after which clients with a [retry policy](crate::RetryPolicy) send the call
+/// again (gRFC A6): twice the latency without a queue, but 10 ms at least and 1 s at most. Calls of the health service are never refused and
+/// do not count.
+///
+/// The further frames of a longer request can arrive after the response. h2 closes a connection after about 1 000 such frames, and the calls
+/// of the connection then fail. Uploads and client streams that last for more than 20 ms can cause this if many of them are refused.
 ///
 /// # Calls in flight
 ///
@@ -40,14 +43,14 @@ use super::gradient::{Bounds, End};
 ///   handler waited for the client. A call has no latency if the handler stopped waiting although no frame arrived.
 /// - A call that fails before it sends a message has no latency, because a rejection may be much faster than the work that it avoids.
 /// - A call that is dropped because its client cancels it or its deadline passes, and a call that fails with `CANCELLED` or
-///   `DEADLINE_EXCEEDED`, counts with its latency so far if that is more than the latency without a queue. As long as that is unknown, the calls of the same
-///   window that succeed take its place.
+///   `DEADLINE_EXCEEDED`, counts with its latency so far if that is more than the latency without a queue. As long as that is unknown, the
+///   calls of the same window that succeed take its place.
 ///
 /// # The limit
 ///
 /// - The limit starts at 32. All clones of the layer share one limit, so it applies to all connections of a server together.
-/// - A window is the calls that are accepted in 100 ms, or in the time for 20 calls if that is longer, or for 1 000 calls if that is shorter.
-///   When nine tenths of them have ended, the layer takes the latency that a quarter of them exceeds. Then the next window begins.
+/// - A window ends after 100 ms, but not before 20 calls, and at the latest after 1 000 calls. When nine tenths of its calls have ended, the
+///   layer takes the latency that a quarter of them exceeds. Then the next window begins.
 /// - A window is *loaded* if at least half of the limit was in flight, or if half of the calls did not end by themselves (such a window is
 ///   *late*). A window that is not loaded raises a limit below 32 by one step, up to 32, and does not change it otherwise.
 /// - After a loaded window, the limit is multiplied by 1.25 times the ratio of the latency without a queue to the latency of the window, but
@@ -56,9 +59,9 @@ use super::gradient::{Bounds, End};
 /// - Only a measurement of the latency without a queue reduces the limit by more than half: a latency that has another cause than a queue,
 ///   such as a slow database, does not fall with the limit. The measurement then follows, at the earliest 1 s after the last one, and ends
 ///   at its first limit if the latency is the same there. While only such measurements follow each other, the time grows to 4 s, 16 s, 30 s.
-/// - If half of the calls were late before the measurement, and at its end with a limit of `min` still are, or the part of the calls that is
-///   late is more than half of that before, the limit is not the cause. Then the limit returns to the value from which it fell. If the
-///   calls still are late at `min`, the latency without a queue changes as after other measurements.
+/// - A measurement can show that the limit is not the cause of late calls. That is so if at least half of the calls are still late at `min`,
+///   or if the late part is more than half of the part before. The limit then returns to the value before the fall. If the calls still are
+///   late at `min`, the latency without a queue changes as after other measurements.
 /// - The latency without a queue is that of the first window. After a window that is not loaded, it moves a quarter of the way to the latency
 ///   of the window. After a loaded window with a smaller latency, it moves by a thousandth of the way for each call of the window.
 /// - Under load, the latency without a queue is measured. For that, the limit is halved until 30 calls have been accepted and nine tenths of
@@ -261,13 +264,29 @@ where
             }
             StateProjection::Refused {
                 pushback,
-                body,
+                mut body,
                 expires,
             } => {
-                // h2 closes a connection after about 2 000 small messages that arrive after the response to their call.
-                if body.poll_frame(cx).is_pending() {
-                    let expires = expires.get_or_insert_with(|| Box::pin(sleep(MESSAGE_TIMEOUT)));
-                    ready!(expires.as_mut().poll(cx));
+                // h2 closes a connection after about 1 000 frames that arrive after the response to their call.
+                loop {
+                    let frame = body.as_mut().poll_frame(cx);
+                    let is_last = match &frame {
+                        Poll::Pending => false,
+                        Poll::Ready(Some(Ok(_))) => body.is_end_stream(),
+                        Poll::Ready(None | Some(Err(_))) => true,
+                    };
+                    if is_last {
+                        break;
+                    }
+                    let expires = expires.get_or_insert_with(|| Box::pin(sleep(REQUEST_TIMEOUT)));
+                    if frame.is_pending() {
+                        ready!(expires.as_mut().poll(cx));
+                        break;
+                    }
+                    // A client can send frames without an end.
+                    if Instant::now() >= expires.deadline() {
+                        break;
+                    }
                 }
                 Poll::Ready(Ok(refusal(*pushback)))
             }
@@ -309,8 +328,8 @@ fn end<R>(response: &Response<R>) -> End {
 
 /// Health checks must succeed while a server is overloaded: otherwise, the load moves to the other servers, and these become overloaded too.
 const HEALTH: &str = "/grpc.health.v1.Health/";
-/// The message of a unary call usually arrives with the head of the request.
-const MESSAGE_TIMEOUT: Duration = Duration::from_millis(20);
+/// The request of a unary call usually arrives with its head. A request of 4 MiB arrives within this time in a fast network.
+const REQUEST_TIMEOUT: Duration = Duration::from_millis(20);
 /// gRFC A6.
 const PUSHBACK_HEADER: &str = "grpc-retry-pushback-ms";
 /// A server may have a single worker. A larger limit would keep a queue.

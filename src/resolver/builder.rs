@@ -165,8 +165,8 @@ impl ResolverBuilder {
     /// ignored, and a warning is logged.
     ///
     /// The same rules apply to the file of the service config: its [status](crate::resolver::ServiceConfigStatus::stale) is then stale, and
-    /// the first answer of etcd replaces it, also if the key does not exist any more. A value in etcd that cannot be used does not replace
-    /// it. If the key does not exist, the file is removed.
+    /// the first answer of etcd replaces it, also if the key does not exist any more. An unusable value in etcd leaves the cached service
+    /// config in force. If the key does not exist, the file is removed. A write that fails is logged, and repeated after 60 s.
     ///
     /// ```no_run
     /// # fn run(registry: tonic_etcd::Registry) {

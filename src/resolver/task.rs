@@ -7,7 +7,7 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-use super::cache::{CACHE_DELAY, Cache, WRITE_DELAY};
+use super::cache::{CACHE_DELAY, Cache, WRITE_AGAIN, WRITE_DELAY};
 use super::status::ResolverState;
 use super::store::Core;
 use super::watcher::{Command, Machine};
@@ -161,10 +161,14 @@ pub(super) async fn keep_cache(
     let Some(file) = file else {
         return;
     };
+    let mut again = None;
     loop {
-        core.changed.notified().await;
-        // Changes in quick succession then cause only one write.
-        tokio::time::sleep(WRITE_DELAY).await;
+        tokio::select! {
+            // Changes in quick succession then cause only one write.
+            () = core.changed.notified() => tokio::time::sleep(WRITE_DELAY).await,
+            () = until(again) => {}
+        }
+        again = None;
         let instances = core.registered();
         if instances.is_empty() {
             continue;
@@ -173,6 +177,7 @@ pub(super) async fn keep_cache(
         let store = tokio::task::spawn_blocking(move || written.store(&instances));
         if let Ok(Err(error)) = store.await {
             tracing::warn!(file = %file.path().display(), %error, "could not write the cache");
+            again = Some(Instant::now() + WRITE_AGAIN);
         }
     }
 }

@@ -51,7 +51,11 @@ impl Outcome {
 
     /// Returns the latency that one of hundred successful calls exceeds.
     pub fn p99(&self) -> Duration {
-        let rank = self.latencies.len() * 99 / 100;
+        self.percentile(99)
+    }
+
+    pub fn percentile(&self, percent: usize) -> Duration {
+        let rank = self.latencies.len() * percent / 100;
         self.latencies.get(rank).copied().unwrap_or(Duration::MAX)
     }
 

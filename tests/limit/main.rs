@@ -18,10 +18,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use support::greeter::HelloRequest;
 use support::greeter::greeter_client::GreeterClient;
 use support::greeter::greeter_server::GreeterServer;
 use support::{Registered, SERVICE, eventually, hello, registry};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{Mutex, Semaphore, mpsc};
 use tokio::task::JoinSet;
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::UnboundedReceiverStream;
@@ -34,6 +35,9 @@ use tonic_etcd::{BalancedChannel, ServeRegistered};
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_client::HealthClient;
 use workers::Workers;
+
+/// Held by each test that loads the machine, so that these tests run one after the other.
+static LOAD: Mutex<()> = Mutex::const_new(());
 
 /// A registered server with the layer, and a channel to it.
 struct World {
@@ -165,29 +169,43 @@ async fn streams_whose_clients_send_nothing_do_not_block_a_server() {
     world.server.stopped().await.unwrap();
 }
 
-/// h2 closes a connection after about 2 000 small messages that arrive after the response to their call.
+/// h2 closes a connection after about 1 000 frames that arrive after the response to their call. A message of 100 kB has seven frames.
 #[tokio::test(flavor = "multi_thread")]
 async fn thousands_of_refusals_do_not_close_a_connection() {
+    let _load = LOAD.lock().await;
     let world = World::new(AdaptiveLimitLayer::with_bounds(1, 1), 0, Duration::ZERO).await;
     let mut waiting = world.client.clone();
     let waiting = tokio::spawn(async move { waiting.say_hello(hello()).await });
     eventually("a call is in flight", async || world.limit.in_flight() == 1).await;
-    let client = support::connect(&world.address).await;
-    for _ in 0..100 {
-        let mut calls = JoinSet::new();
-        for _ in 0..40 {
-            let mut client = client.clone();
-            calls.spawn(async move {
-                let late = tokio_stream::once(()).then(async |()| {
-                    tokio::time::sleep(Duration::from_millis(2)).await;
-                    hello()
+    for (rounds, at_once, size) in [(500, 8, 1), (250, 2, 100_000)] {
+        let client = support::connect(&world.address).await;
+        for _ in 0..rounds {
+            let mut calls = JoinSet::new();
+            let received = world.limit.refused() + at_once;
+            for _ in 0..at_once {
+                let (mut client, limit) = (client.clone(), world.limit.clone());
+                let message = HelloRequest {
+                    name: "n".repeat(size),
+                    replies: 1,
+                };
+                calls.spawn(async move {
+                    // The message is sent when the server has received the head of each request.
+                    let late = tokio_stream::once(message).then(move |message| {
+                        let limit = limit.clone();
+                        async move {
+                            while limit.refused() < received {
+                                tokio::task::yield_now().await;
+                            }
+                            message
+                        }
+                    });
+                    client.greet_all(late).await
                 });
-                client.greet_all(late).await
-            });
-        }
-        while let Some(refused) = calls.join_next().await {
-            let refused = refused.unwrap().unwrap_err();
-            assert_eq!(refused.code(), Code::ResourceExhausted, "{refused:?}");
+            }
+            while let Some(refused) = calls.join_next().await {
+                let refused = refused.unwrap().unwrap_err();
+                assert_eq!(refused.code(), Code::ResourceExhausted, "{refused:?}");
+            }
         }
     }
     world.free.add_permits(1);

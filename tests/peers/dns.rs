@@ -109,8 +109,8 @@ async fn serve(ip: Ipv4Addr, port: u16) -> u16 {
 async fn call(channel: &BalancedChannel) -> String {
     let mut request = Request::new(hello());
     request.set_timeout(SOON);
-    let response = GreeterClient::new(channel.clone()).say_hello(request);
-    let response = response.await.unwrap();
+    let mut client = GreeterClient::new(channel.clone());
+    let response = client.say_hello(request).await.unwrap();
     let served_by = response.extensions().get::<ServedBy>().unwrap();
     served_by.address().to_string()
 }

@@ -4,6 +4,7 @@
     reason = "the tests print their seeds and the measured costs of failing members"
 )]
 
+mod cache;
 mod concurrency_limit;
 mod fake;
 mod fleet;

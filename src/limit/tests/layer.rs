@@ -314,19 +314,24 @@ async fn calls_that_are_dropped_at_their_deadline_reduce_the_limit() {
     assert_eq!(limit_after_late_calls(Some("5")).await, 32);
 }
 
-/// A message that arrives after the response to its call counts against its connection.
+/// A frame that arrives after the response to its call counts against its connection.
 #[tokio::test(start_paused = true)]
-async fn a_refusal_waits_for_the_first_message_for_a_short_time() {
+async fn a_refusal_waits_for_the_end_of_the_request_for_a_short_time() {
     let layer = AdaptiveLimitLayer::with_bounds(1, 1);
     let (_client, mut first) = call(&layer, async |_| std::future::pending().await);
     assert!(first.poll().is_pending());
     let start = Instant::now();
     let (client, mut refused) = call(&layer, upload);
     assert!(refused.poll().is_pending());
-    client.send(Bytes::new()).unwrap();
+    for _ in 0..3 {
+        client.send(Bytes::new()).unwrap();
+        assert!(refused.poll().is_pending());
+    }
+    drop(client);
     assert!(is_refused(&refused.await));
     assert_eq!(Instant::now(), start);
-    let (_client, refused) = call(&layer, upload);
+    let (client, refused) = call(&layer, upload);
+    client.send(Bytes::new()).unwrap();
     assert!(is_refused(&refused.await));
     assert_eq!(Instant::now().saturating_duration_since(start), 20 * MILLI);
 }

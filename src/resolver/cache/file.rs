@@ -6,7 +6,6 @@
 use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::{Deserialize, Serialize};
 
@@ -87,12 +86,13 @@ impl CacheFile {
         if let Some(directory) = self.0.parent() {
             create_private(directory)?;
         }
-        // The temporary name is unique, because several processes, and several resolvers of one process, may share the directory.
-        let number = STORED.fetch_add(1, Ordering::Relaxed);
-        let extension = format!("{}-{number}.tmp", std::process::id());
+        // The temporary name is unique, because several processes, and several resolvers of one process, may share the directory. Processes
+        // in different containers can have the same number, so the name also contains a random number.
+        let number = fastrand::u64(..);
+        let extension = format!("{}-{number:016x}.tmp", std::process::id());
         let beside = self.0.with_extension(extension);
         let mut options = fs::OpenOptions::new();
-        options.write(true).create(true).truncate(true);
+        options.write(true).create_new(true);
         #[cfg(unix)]
         std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
         let mut written = options.open(&beside)?;
@@ -115,9 +115,6 @@ impl CacheFile {
         }
     }
 }
-
-/// Number of files that this process has begun to write. Each temporary name contains this number.
-static STORED: AtomicU64 = AtomicU64::new(0);
 
 /// Creates a directory if it is missing. On Unix, only the owner can read the new directory. An existing directory keeps its permissions.
 fn create_private(directory: &Path) -> io::Result<()> {

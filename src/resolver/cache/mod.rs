@@ -7,4 +7,4 @@ mod times;
 
 pub(super) use config::{CachedConfig, ConfigCache};
 pub(super) use instances::Cache;
-pub(super) use times::{CACHE_DELAY, WRITE_DELAY};
+pub(super) use times::{CACHE_DELAY, READ_TIMEOUT, WRITE_AGAIN, WRITE_DELAY};

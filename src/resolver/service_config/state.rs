@@ -134,13 +134,15 @@ impl ConfigState {
         if found == self.newest && !is_first {
             return None;
         }
-        self.newest = found;
+        let existed = std::mem::replace(&mut self.newest, found).is_some();
         self.rejection = None;
         let change = match &self.newest {
             None => {
                 self.status.config = None;
                 self.status.stale = false;
-                self.status.revision.take().map(|_| ConfigChange::Removed)
+                // The cache can have a service config although none was in force since the start.
+                let was_in_force = self.status.revision.take().is_some();
+                (existed || was_in_force).then_some(ConfigChange::Removed)
             }
             Some((revision, value)) => Some(match parse(value) {
                 Ok(config) => {
@@ -329,6 +331,25 @@ mod tests {
         unused.on_read(Revision::new(9), Some(kv(8, BAD)));
         assert_eq!(bad.to_cache(), ToCache::Unchanged);
         assert_eq!(unused.to_cache(), ToCache::Unchanged);
+    }
+
+    #[test]
+    fn a_key_that_is_deleted_after_an_unusable_value_clears_the_cache() {
+        let rejected = Some(ConfigChange::Rejected(Revision::new(5)));
+        let mut event = state();
+        assert_eq!(event.on_event(put(5, BAD)), rejected);
+        assert_eq!(event.to_cache(), ToCache::Unchanged);
+        assert_eq!(event.on_event(delete(6)), Some(ConfigChange::Removed));
+        let mut read = state();
+        assert_eq!(read.on_read(Revision::new(5), Some(kv(5, BAD))), rejected);
+        let removed = read.on_read(Revision::new(6), None);
+        assert_eq!(removed, Some(ConfigChange::Removed));
+        for state in [&event, &read] {
+            assert_eq!(state.to_cache(), ToCache::Nothing);
+            assert_eq!(state.status().last_error, None);
+        }
+        // The key still does not exist.
+        assert_eq!(read.on_read(Revision::new(7), None), None);
     }
 
     #[test]

@@ -1,10 +1,12 @@
 //! The task that watches the key of a service config.
 
+use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::watch;
-use tokio::time::Instant;
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, timeout};
 
 use super::state::{ConfigChange, ConfigState, ToCache};
 use super::status::ServiceConfigStatus;
@@ -13,7 +15,9 @@ use crate::error::EtcdError;
 use crate::etcd::{Etcd, KeyWatch, News};
 use crate::keyspace::Key;
 use crate::metrics::{Counter, Metrics, SERVICE_CONFIG_REJECTED, TARGET};
-use crate::resolver::cache::{CACHE_DELAY, CachedConfig, ConfigCache, WRITE_DELAY};
+use crate::resolver::cache::{
+    CACHE_DELAY, CachedConfig, ConfigCache, READ_TIMEOUT, WRITE_AGAIN, WRITE_DELAY,
+};
 
 /// Passes the service config to the channels and to the status.
 pub(in crate::resolver) struct ConfigPublisher {
@@ -77,6 +81,7 @@ pub(in crate::resolver) async fn follow(
         warned: None,
         load_at: cache.is_some().then(|| Instant::now() + CACHE_DELAY),
         store_at: None,
+        storing: None,
         has_read: false,
         cache,
     };
@@ -87,7 +92,8 @@ pub(in crate::resolver) async fn follow(
         tokio::select! {
             biased;
             () = until(follower.load_at) => follower.load().await,
-            () = until(follower.store_at) => follower.store().await,
+            () = until(follower.store_at) => follower.store(),
+            stored = ended(&mut follower.storing) => follower.on_stored(stored),
             () = until(read_at) => read_at = follower.read().await,
             news = watch.next(&etcd, &follower.keys) => match news {
                 // Events from before the opening are not delivered, so the key is read.
@@ -111,6 +117,16 @@ async fn until(instant: Option<Instant>) {
     }
 }
 
+/// Waits for the end of a write. A write that has panicked counts as one that succeeded.
+async fn ended(write: &mut Option<JoinHandle<io::Result<()>>>) -> io::Result<()> {
+    let Some(running) = write else {
+        return std::future::pending().await;
+    };
+    let ended = running.await;
+    *write = None;
+    ended.unwrap_or(Ok(()))
+}
+
 struct Follower {
     etcd: Etcd,
     keys: [Key; 1],
@@ -124,6 +140,8 @@ struct Follower {
     load_at: Option<Instant>,
     /// The time at which the cache is written.
     store_at: Option<Instant>,
+    /// A running write of the cache. It must not delay the events of the watch.
+    storing: Option<JoinHandle<io::Result<()>>>,
     /// Whether the key has been read since the start.
     has_read: bool,
 }
@@ -179,12 +197,13 @@ impl Follower {
         };
         let path = cache.path().to_owned();
         let load = tokio::task::spawn_blocking(move || cache.load());
-        let used = match load.await {
-            Ok(Ok(Some(CachedConfig { revision, json }))) => {
+        let used = match timeout(READ_TIMEOUT, load).await {
+            Ok(Ok(Ok(Some(CachedConfig { revision, json })))) => {
                 self.state.on_cached(revision, json.as_bytes())
             }
-            Ok(Ok(None)) | Err(_) => Ok(None),
-            Ok(Err(error)) => Err(error.to_string()),
+            Ok(Ok(Ok(None)) | Err(_)) => Ok(None),
+            Ok(Ok(Err(error))) => Err(error.to_string()),
+            Err(_) => Err(format!("it was not read within {READ_TIMEOUT:?}")),
         };
         match used {
             Ok(change) => self.publish(change.as_ref()),
@@ -202,9 +221,14 @@ impl Follower {
         }
     }
 
-    /// Writes the service config in force to the cache, or removes the file if there is none.
-    async fn store(&mut self) {
+    /// Starts to write the service config in force to the cache, or to remove the file if there is none.
+    fn store(&mut self) {
         self.store_at = None;
+        if self.storing.is_some() {
+            // Two writes could end in the wrong order.
+            self.on_changed();
+            return;
+        }
         let config = match self.state.to_cache() {
             ToCache::Config(revision, config) => Some(CachedConfig {
                 revision,
@@ -216,10 +240,16 @@ impl Follower {
         let Some(cache) = self.cache.clone() else {
             return;
         };
-        let path = cache.path().to_owned();
         let store = tokio::task::spawn_blocking(move || cache.store(config));
-        if let Ok(Err(error)) = store.await {
-            tracing::warn!(file = %path.display(), %error, "could not write the cache");
+        self.storing = Some(store);
+    }
+
+    /// Handles the end of a write. A failed one is repeated.
+    fn on_stored(&mut self, stored: io::Result<()>) {
+        if let (Err(error), Some(cache)) = (stored, &self.cache) {
+            tracing::warn!(file = %cache.path().display(), %error, "could not write the cache");
+            let again = Instant::now() + WRITE_AGAIN;
+            self.store_at.get_or_insert(again);
         }
     }
 
