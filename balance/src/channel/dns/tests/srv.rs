@@ -139,7 +139,7 @@ async fn the_failure_of_the_smallest_target_is_reported_and_each_target_is_looke
     let names = ["d.test", "b.test", "a.test", "c.test"];
     let mut records: Vec<_> = names
         .iter()
-        .map(|name| (NAME, Data::Srv(0, 1, 50_051, *name)))
+        .map(|name| (NAME, Data::Srv(0, 1, 50_051, name)))
         .collect();
     // The targets of the next priority are the same.
     records.extend(names.map(|name| (NAME, Data::Srv(1, 1, 50_051, name))));
