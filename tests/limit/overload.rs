@@ -30,7 +30,7 @@ fn goals(name: &str) -> Goals {
     let small = Goals {
         seconds: (5, 5),
         goodput: 0.5,
-        latency: (90, 4.0),
+        latency: (99, 8.0),
     };
     let full = Goals {
         seconds: (15, 60),
