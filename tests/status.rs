@@ -170,7 +170,7 @@ async fn the_status_as_json_has_documented_fields() {
     // The service config itself is in etcd.
     assert_eq!(
         names(&status["service_config"]),
-        "key last_error rejected revision"
+        "key last_error rejected revision stale"
     );
     assert_eq!(status["service_config"]["key"], config);
     let endpoints = status["endpoints"].as_array().unwrap();
