@@ -5,6 +5,7 @@ use std::fmt;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use http::{Request, Response};
 use pin_project_lite::pin_project;
@@ -288,7 +289,9 @@ impl State {
         let (Some(channel), Some(request)) = (core.as_ref(), call.as_mut()) else {
             return Ok(Self::Done);
         };
-        if let Some(deadline) = deadline.filter(|deadline| now >= deadline.at()) {
+        // No call is answered within a microsecond. A deadline that starts at this poll is never before `now`, however short it is.
+        let too_late = now + Duration::from_micros(1);
+        if let Some(deadline) = deadline.filter(|deadline| too_late >= deadline.at()) {
             return Err(status::deadline_exceeded(
                 channel,
                 deadline,
