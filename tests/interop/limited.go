@@ -2,10 +2,6 @@ package main
 
 import (
 	"context"
-	"fmt"
-	"net"
-	"os/signal"
-	"syscall"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -47,22 +43,7 @@ func (g *limitedGreeter) SayHellos(in *pb.HelloRequest, stream grpc.ServerStream
 
 // limitedServer serves without a registration.
 func limitedServer([]string) error {
-	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
-	defer stop()
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return err
-	}
 	serving := grpc.NewServer()
 	pb.RegisterGreeterServer(serving, &limitedGreeter{greeter{name: "limited"}})
-	failed := make(chan error, 1)
-	go func() { failed <- serving.Serve(listener) }()
-	fmt.Println("serving", listener.Addr())
-	select {
-	case err := <-failed:
-		return err
-	case <-ctx.Done():
-		serving.GracefulStop()
-		return nil
-	}
+	return serve(serving)
 }

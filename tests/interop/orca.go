@@ -4,10 +4,7 @@ import (
 	"context"
 	"flag"
 	"fmt"
-	"net"
-	"os/signal"
 	"strings"
-	"syscall"
 	"time"
 
 	orcapb "github.com/cncf/xds/go/xds/data/orca/v3"
@@ -37,8 +34,6 @@ func (g *reportingGreeter) SayHello(ctx context.Context, in *pb.HelloRequest) (*
 
 // orcaServer serves with grpc-go's load reports, without a registration.
 func orcaServer([]string) error {
-	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
-	defer stop()
 	recorder := orca.NewServerMetricsRecorder()
 	recorder.SetApplicationUtilization(0.42)
 	recorder.SetCPUUtilization(0.9)
@@ -46,22 +41,9 @@ func orcaServer([]string) error {
 	recorder.SetQPS(17)
 	recorder.SetEPS(3)
 	recorder.SetNamedUtilization("pool", 0.5)
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return err
-	}
 	serving := grpc.NewServer(orca.CallMetricsServerOption(recorder))
 	pb.RegisterGreeterServer(serving, &reportingGreeter{greeter{name: "reporting"}})
-	failed := make(chan error, 1)
-	go func() { failed <- serving.Serve(listener) }()
-	fmt.Println("serving", listener.Addr())
-	select {
-	case err := <-failed:
-		return err
-	case <-ctx.Done():
-		serving.GracefulStop()
-		return nil
-	}
+	return serve(serving)
 }
 
 func printReport(source string, report *orcapb.OrcaLoadReport) {

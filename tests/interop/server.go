@@ -192,3 +192,23 @@ func server(args []string) error {
 	fmt.Fprintln(os.Stdout, "accepted", counted.accepted.Load())
 	return nil
 }
+
+// serve prints the address of a server that is not registered, and serves until the process receives SIGTERM.
+func serve(serving *grpc.Server) error {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
+	defer stop()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return err
+	}
+	failed := make(chan error, 1)
+	go func() { failed <- serving.Serve(listener) }()
+	fmt.Println("serving", listener.Addr())
+	select {
+	case err := <-failed:
+		return err
+	case <-ctx.Done():
+		serving.GracefulStop()
+		return nil
+	}
+}

@@ -5,11 +5,11 @@ use std::time::Duration;
 use prost::Message;
 use tokio::time::Instant;
 
+use super::simulation::Connection;
 use crate::balance::estimate::Ticks;
 use crate::balance::latencies::Latencies;
-use crate::balance::load::LoadHandle;
 use crate::balance::load_weights::{LoadReports, Series, factors, has_weight};
-use crate::balance::picker::{Candidate, LbPolicy, Pick, Picker, SCAN_LIMIT};
+use crate::balance::picker::{LbPolicy, Pick, Picker, SCAN_LIMIT};
 use crate::balance::ready_set::{ReadySet, ReadySetBuilder};
 use crate::load_report::{LoadReport, OrcaLoadReport};
 
@@ -35,30 +35,6 @@ pub(super) struct Response {
     pub(super) failed: bool,
     /// The calls in flight that the server reports, with this call.
     pub(super) in_flight: u32,
-}
-
-#[derive(Clone, Debug)]
-struct Connection {
-    server: usize,
-    load: LoadHandle,
-}
-
-impl Candidate for Connection {
-    fn latency(&self) -> f32 {
-        self.load.latency()
-    }
-
-    fn in_flight(&self) -> u32 {
-        self.load.in_flight()
-    }
-
-    fn server_in_flight(&self) -> u32 {
-        self.load.server_in_flight()
-    }
-
-    fn acquire(&self) -> bool {
-        self.load.acquire()
-    }
 }
 
 pub(super) struct Client {

@@ -58,6 +58,10 @@ impl Candidate for Connection {
         self.load.in_flight()
     }
 
+    fn server_in_flight(&self) -> u32 {
+        self.load.server_in_flight()
+    }
+
     fn acquire(&self) -> bool {
         self.load.acquire()
     }

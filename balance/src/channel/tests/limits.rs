@@ -6,7 +6,7 @@ use h2::Reason;
 use tokio::task::JoinHandle;
 use tonic::Status;
 
-use super::support::{Accepted, Cut};
+use super::support::{Accepted, Cut, spawn_routed};
 use super::*;
 use crate::RetryPolicy;
 use crate::channel::{
@@ -22,6 +22,10 @@ fn limited(
     configure(builder)
         .addresses(servers.iter().map(|server| server.address()))
         .connect_lazy()
+}
+
+fn one_request(builder: ChannelBuilder) -> ChannelBuilder {
+    builder.max_requests(1).max_requests_per_endpoint(1)
 }
 
 type Call = JoinHandle<Result<String, Status>>;
@@ -226,10 +230,7 @@ async fn with_wait_for_ready_a_call_waits_until_an_endpoint_is_below_its_limit()
 #[tokio::test]
 async fn an_open_stream_counts_until_its_response_ends_or_is_dropped() {
     let mut server = Raw::start(|_| ());
-    let channel = limited(
-        |builder| builder.max_requests(1).max_requests_per_endpoint(1),
-        &[&server],
-    );
+    let channel = limited(one_request, &[&server]);
     ready(&channel, 1).await;
     let mut client = GreeterClient::new(channel.clone());
     for ends in [true, false] {
@@ -492,12 +493,7 @@ async fn requests_on_a_closing_connection_count_and_pass_their_places_to_the_nex
     let channel = limited(|builder| builder.max_requests_per_endpoint(2), &[&server]);
     ready(&channel, 1).await;
     let routing = Routing::avoiding([]);
-    let request = http::Request::post("/helloworld.Greeter/SayHello")
-        .body(tonic::body::Body::empty())
-        .expect("a request");
-    let response = channel.call_routed(&routing, request);
-    // The body of the response is dropped: while it is unread, the request counts.
-    let routed = tokio::spawn(async move { response.await.map(drop) });
+    let routed = spawn_routed(&channel, &routing);
     let first = server.accept().await;
     let call = spawn(&channel, true);
     let open = [first, server.accept().await];
@@ -523,10 +519,7 @@ async fn requests_on_a_closing_connection_count_and_pass_their_places_to_the_nex
 #[tokio::test]
 async fn a_call_with_large_metadata_on_a_connection_of_its_own_counts() {
     let mut server = Raw::start(|_| ());
-    let channel = limited(
-        |builder| builder.max_requests(1).max_requests_per_endpoint(1),
-        &[&server],
-    );
+    let channel = limited(one_request, &[&server]);
     ready(&channel, 1).await;
     let mut client = GreeterClient::new(channel.clone());
     let mut request = Request::new(hello("world"));

@@ -3,7 +3,7 @@
 use http::HeaderMap;
 use tokio::time::Instant;
 
-use super::support::{Accepted, Cut, EMPTY_MESSAGE};
+use super::support::{Accepted, Cut, EMPTY_MESSAGE, spawn_routed};
 use super::*;
 use crate::RetryPolicy;
 use crate::channel::{ChannelBuilder, EjectionReason, EndpointStatus, Routing, Select};
@@ -332,11 +332,7 @@ async fn a_refusal_on_a_closing_connection_keeps_no_call_away() {
     ready(&channel, 1).await;
     for is_replaced in [true, false] {
         let routing = Routing::avoiding([]);
-        let request = http::Request::post("/helloworld.Greeter/SayHello")
-            .body(tonic::body::Body::empty())
-            .expect("a request");
-        let response = channel.call_routed(&routing, request);
-        let routed = tokio::spawn(async move { response.await.map(drop) });
+        let routed = spawn_routed(&channel, &routing);
         let open = server.accept().await;
         if is_replaced {
             channel.reconnect(&routing);

@@ -15,12 +15,14 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::{AbortHandle, JoinHandle, JoinSet};
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
+use tonic::Status;
+use tonic::body::Body;
 use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
 
 use super::greeter::NamedGreeter;
 use super::greeter::greeter_server::GreeterServer;
-use crate::channel::BalancedChannel;
+use crate::channel::{BalancedChannel, Routing};
 
 pub(super) const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -33,6 +35,18 @@ pub(super) async fn until(what: &str, mut condition: impl FnMut() -> bool) {
     };
     let held = timeout(PATIENCE, poll).await;
     assert!(held.is_ok(), "timed out waiting until {what}");
+}
+
+/// Makes a routed call in a task. The response is dropped when it arrives: while its body is unread, the call counts as in flight.
+pub(super) fn spawn_routed(
+    channel: &BalancedChannel,
+    routing: &Routing,
+) -> JoinHandle<Result<(), Status>> {
+    let request = Request::post("/helloworld.Greeter/SayHello")
+        .body(Body::empty())
+        .expect("a request");
+    let response = channel.call_routed(routing, request);
+    tokio::spawn(async move { response.await.map(drop) })
 }
 
 pub(super) async fn in_time<T>(what: &str, future: impl Future<Output = T>) -> T {

@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::net::TcpListener;
+use tokio::task::AbortHandle;
 use tokio::time::Instant;
 use tokio_stream::StreamExt;
 use tower::discover::Change;
@@ -176,16 +177,21 @@ async fn a_name_that_is_not_valid_is_an_invalid_option() {
     }
 }
 
-/// With the resolver of the system, and the file `/etc/hosts`.
-#[tokio::test]
-async fn the_name_localhost_is_found() {
+/// Starts a server without services. Returns its port, and a handle that stops it.
+async fn serve() -> (u16, AbortHandle) {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a listener");
     let port = listener.local_addr().expect("an address").port();
     let incoming = tonic::transport::server::TcpIncoming::from(listener);
     let server = tonic::transport::Server::builder()
         .add_routes(tonic::service::Routes::default())
         .serve_with_incoming(incoming);
-    let server = tokio::spawn(server);
+    (port, tokio::spawn(server).abort_handle())
+}
+
+/// With the resolver of the system, and the file `/etc/hosts`.
+#[tokio::test]
+async fn the_name_localhost_is_found() {
+    let (port, server) = serve().await;
     let channel = BalancedChannel::builder()
         .source(Dns::new(format!("localhost:{port}")))
         .connect()

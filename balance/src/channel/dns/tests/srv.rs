@@ -4,12 +4,11 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use domain::base::Rtype;
-use tokio::net::TcpListener;
 use tokio::runtime::Handle;
 use tokio::time::{sleep, timeout};
 
-use super::context;
 use super::name_server::{Data, NameServer};
+use super::{context, serve};
 use crate::BalancedChannel;
 use crate::channel::EndpointState;
 use crate::channel::dns::DnsSrv;
@@ -320,13 +319,7 @@ async fn the_tasks_of_a_lookup_end_with_it() {
 
 #[tokio::test]
 async fn a_channel_connects_to_the_servers_of_the_records() {
-    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a listener");
-    let port = listener.local_addr().expect("an address").port();
-    let incoming = tonic::transport::server::TcpIncoming::from(listener);
-    let server = tonic::transport::Server::builder()
-        .add_routes(tonic::service::Routes::default())
-        .serve_with_incoming(incoming);
-    let server = tokio::spawn(server);
+    let (port, server) = serve().await;
     let names = NameServer::start(&[
         (NAME, Data::Srv(0, 3, port, "a.test")),
         ("a.test", Data::Ip("127.0.0.1")),
