@@ -156,7 +156,8 @@ impl Gradient {
     }
 
     fn is_late(&self, latency: f64) -> bool {
-        self.baseline.is_none_or(|baseline| latency > baseline)
+        self.baseline
+            .is_none_or(|baseline| latency > baseline * EARLY)
     }
 
     fn end_window(&mut self, measured: Measurement, now: Instant) {
@@ -258,9 +259,24 @@ impl Gradient {
     /// Ends the measurement at one limit of a probe.
     fn end_level(&mut self, probe: Probe, measured: Measurement, now: Instant) {
         let is_late = measured.is_late;
-        let has_queue = is_late || measured.latency < probe.before * QUEUED;
+        // With few calls, a part of them that is about half is sometimes less by chance.
+        let is_as_late =
+            is_late || (probe.late_share > 0.0 && measured.late_share > probe.late_share / 2.0);
+        let has_queue = is_as_late || measured.latency < probe.before * QUEUED;
         let half = self.half(probe.limit);
-        if self.is_in_vain(probe, measured) {
+        if has_queue && half < probe.limit {
+            self.probe = Some(Probe {
+                limit: half,
+                before: if is_as_late {
+                    f64::INFINITY
+                } else {
+                    measured.latency
+                },
+                ..probe
+            });
+            return;
+        }
+        if is_as_late {
             // The calls are late for another reason than a queue, so a lower limit would only refuse calls.
             self.set_limit(self.probed_limit);
             self.end_probe(probe, now);
@@ -268,18 +284,6 @@ impl Gradient {
                 // Also at the smallest limit, so there is no queue. With the previous baseline, the next late window would halve the limit.
                 self.learn(measured.latency);
             }
-            return;
-        }
-        if has_queue && half < probe.limit {
-            self.probe = Some(Probe {
-                limit: half,
-                before: if is_late {
-                    f64::INFINITY
-                } else {
-                    measured.latency
-                },
-                ..probe
-            });
             return;
         }
         // At twice the limit of the probe, there was no queue, or a short one.
@@ -295,15 +299,6 @@ impl Gradient {
             Some(known) if SIMILAR.contains(&(latency / known)) => f64::midpoint(known, latency),
             _ => latency,
         });
-    }
-
-    /// Returns whether a probe that began because calls were late has shown that a lower limit does not help.
-    fn is_in_vain(&self, probe: Probe, measured: Measurement) -> bool {
-        if measured.is_late {
-            return self.half(probe.limit) >= probe.limit;
-        }
-        // With few calls, a part of them that is about half is sometimes less by chance.
-        probe.late_share > 0.0 && measured.late_share > probe.late_share / 2.0
     }
 
     fn end_probe(&mut self, probe: Probe, now: Instant) {
@@ -364,6 +359,9 @@ const FOLLOW: f64 = 0.25;
 const ACCURATE_CALLS: f64 = 1_000.0;
 /// The latency may be a quarter above the baseline before the limit is reduced, as in Envoy (`min_rtt_calc_params.buffer`).
 const TOLERANCE: f64 = 1.25;
+/// A call that is dropped before this part of the baseline is not late. If the baseline is the deadline of the calls, timers would otherwise
+/// decide which of them are late.
+const EARLY: f64 = 0.9;
 /// The limit is at most halved at once, as in Envoy.
 const MIN_GRADIENT: f64 = 0.5;
 /// A server with `n` workers gets a limit of about `TOLERANCE * n + HEADROOM`. With one worker, that is one call that is served and one that

@@ -43,8 +43,8 @@ use super::gradient::{Bounds, End};
 ///   handler waited for the client. A call has no latency if the handler stopped waiting although no frame arrived.
 /// - A call that fails before it sends a message has no latency, because a rejection may be much faster than the work that it avoids.
 /// - A call that is dropped because its client cancels it or its deadline passes, and a call that fails with `CANCELLED` or
-///   `DEADLINE_EXCEEDED`, counts with its latency so far if that is more than the latency without a queue. As long as that is unknown, the
-///   calls of the same window that succeed take its place.
+///   `DEADLINE_EXCEEDED`, counts with its latency so far if that is more than 0.9 times the latency without a queue. As long as that is
+///   unknown, the calls of the same window that succeed take its place.
 ///
 /// # The limit
 ///
@@ -59,9 +59,9 @@ use super::gradient::{Bounds, End};
 /// - Only a measurement of the latency without a queue reduces the limit by more than half: a latency that has another cause than a queue,
 ///   such as a slow database, does not fall with the limit. The measurement then follows, at the earliest 1 s after the last one, and ends
 ///   at its first limit if the latency is the same there. While only such measurements follow each other, the time grows to 4 s, 16 s, 30 s.
-/// - A measurement can show that the limit is not the cause of late calls. That is so if at least half of the calls are still late at `min`,
-///   or if the late part is more than half of the part before. The limit then returns to the value before the fall. If the calls still are
-///   late at `min`, the latency without a queue changes as after other measurements.
+/// - A measurement that begins after a late window halves the limit as long as the late part of the calls is at least half, or more than half
+///   of the part before. If that is so at `min` too, the limit is not the cause of the late calls, and returns to the value before the fall.
+///   If at least half of the calls are late at `min`, the latency without a queue changes as after other measurements.
 /// - The latency without a queue is that of the first window. After a window that is not loaded, it moves a quarter of the way to the latency
 ///   of the window. After a loaded window with a smaller latency, it moves by a thousandth of the way for each call of the window.
 /// - Under load, the latency without a queue is measured. For that, the limit is halved until 30 calls have been accepted and nine tenths of

@@ -76,8 +76,16 @@ pub(super) struct Outcome {
     pub(super) probes: Vec<u64>,
 }
 
-/// The times at which a call ends and began, how it ends, and the call.
-type Ending = (u64, usize, u64, bool);
+/// The time at which a call may end, the call, the time at which it began, and how it ends.
+type Ending = (u64, usize, u64, Kind);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Kind {
+    Rejected,
+    Served,
+    /// The deadline passes. If the call still waits for a worker, it ends.
+    Deadline,
+}
 
 struct Run {
     simulation: Simulation,
@@ -193,11 +201,15 @@ impl Run {
         });
         self.arrivals.push(now);
         if self.random.u64(0..10) < self.simulation.rejected {
-            self.endings.push(Reverse((now + 20, number, now, false)));
+            self.endings
+                .push(Reverse((now + 20, number, now, Kind::Rejected)));
         } else if self.busy < self.simulation.workers {
             self.serve(number, now);
         } else {
             self.queue.push_back(number);
+            let deadline = now + self.deadline(number);
+            self.endings
+                .push(Reverse((deadline, number, now, Kind::Deadline)));
         }
     }
 
@@ -210,7 +222,7 @@ impl Run {
             end.min(deadline).max(now),
             number,
             self.arrivals[number],
-            true,
+            Kind::Served,
         );
         self.endings.push(Reverse(ending));
     }
@@ -246,13 +258,23 @@ impl Run {
             Disturbance::EarlyDrops(percent) if number * 61 % 100 < percent => {
                 self.simulation.service / 5
             }
-            _ => self.simulation.deadline.unwrap_or(u64::MAX / 2),
+            // Timers are late by up to a millisecond.
+            _ => self.simulation.deadline.map_or(u64::MAX / 2, |deadline| {
+                deadline + u64::try_from(number * 619 % 1_000).unwrap()
+            }),
         }
     }
 
-    fn end(&mut self, (now, number, arrival, had_worker): Ending, warm: u64) {
+    fn end(&mut self, (now, number, arrival, kind): Ending, warm: u64) {
+        if kind == Kind::Deadline {
+            if let Some(position) = self.queue.iter().position(|call| *call == number) {
+                self.queue.remove(position);
+                self.finish(number, End::Overrun, now);
+            }
+            return;
+        }
         let latency = now - arrival;
-        let end = if !had_worker {
+        let end = if kind == Kind::Rejected {
             End::Unsampled
         } else if latency >= self.deadline(number) {
             End::Overrun
@@ -263,18 +285,10 @@ impl Run {
             self.latencies.push(latency);
         }
         self.finish(number, end, now);
-        if !had_worker {
-            return;
-        }
-        self.busy -= 1;
-        while let Some(next) = self.queue.pop_front() {
-            // The deadline of a call that waits passes while it waits. It is dropped when a worker would take it.
-            let deadline = self.deadline(next);
-            if now - self.arrivals[next] >= deadline {
-                self.finish(next, End::Overrun, self.arrivals[next] + deadline);
-            } else {
+        if kind == Kind::Served {
+            self.busy -= 1;
+            if let Some(next) = self.queue.pop_front() {
                 self.serve(next, now);
-                break;
             }
         }
     }
