@@ -13,7 +13,7 @@ use crate::traces::OpenSpan;
 
 /// The metrics and the span of a call that has not ended, as far as they are enabled. The future of the call holds this value, then the body
 /// of the response. A call that is dropped before its end is recorded as cancelled.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct CallObservation {
     metrics: Option<CallRecord>,
     /// The attributes of the endpoint of the first attempt, if the metrics have the label for the zone.
@@ -40,17 +40,7 @@ impl CallObservation {
 
     /// Starts the metrics of a call.
     pub(super) fn measure(this: &mut Option<Box<Self>>, method: Arc<MethodMetrics>, now: Instant) {
-        let metrics = Some(CallRecord::start(method, now));
-        match this {
-            Some(observation) => observation.metrics = metrics,
-            None => {
-                *this = Some(Box::new(Self {
-                    metrics,
-                    attributes: None,
-                    span: None,
-                }));
-            }
-        }
+        this.get_or_insert_default().metrics = Some(CallRecord::start(method, now));
     }
 
     /// Records the first attempt, which was sent with this permit.

@@ -74,23 +74,19 @@ impl<V> Interned<V> {
     }
 }
 
-/// Returns the bucket of a name. The hash needs one multiplication for each eight bytes, because each call looks up its method. Names that
-/// are chosen to collide do little harm: the number of names is limited.
+/// Returns the bucket of a name: a hash of its length and its last 16 bytes, because each call looks up its method, and methods differ at
+/// their end. Names that are chosen to collide do little harm: the number of names is limited.
 fn bucket(name: &str) -> usize {
     let bytes = name.as_bytes();
-    let mut words = bytes.chunks_exact(8);
-    let mut hash = bytes.len() as u64;
-    let mut add = |word: u64| hash = (hash.rotate_left(5) ^ word).wrapping_mul(MULTIPLIER);
-    for word in &mut words {
-        add(u64::from_le_bytes(word.try_into().unwrap_or_default()));
-    }
-    match bytes.last_chunk() {
-        // The last eight bytes overlap with those before, which costs less than a loop over the rest.
-        Some(last) => add(u64::from_le_bytes(*last)),
-        None => add(bytes
-            .iter()
-            .fold(0, |word, byte| (word << 8) | u64::from(*byte))),
-    }
+    let (before, last) = if let Some((rest, last)) = bytes.split_last_chunk() {
+        let before = rest.last_chunk().copied().unwrap_or_default();
+        (u64::from_le_bytes(before), u64::from_le_bytes(*last))
+    } else {
+        let add = |word, byte: &u8| (word << 8) | u64::from(*byte);
+        (0, bytes.iter().fold(0, add))
+    };
+    let mixed = (last ^ bytes.len() as u64).wrapping_mul(MULTIPLIER);
+    let hash = (mixed.rotate_left(32) ^ before).wrapping_mul(MULTIPLIER);
     // A multiplication mixes the highest bits best.
     usize::try_from(hash >> (u64::BITS - BUCKETS.ilog2())).unwrap_or_default()
 }

@@ -17,7 +17,23 @@ pub(crate) struct MessageSize {
 
 impl MessageSize {
     /// Adds the next frame of the body.
-    pub(crate) fn add(&mut self, mut frame: &[u8]) {
+    #[inline]
+    pub(crate) fn add(&mut self, frame: &[u8]) {
+        // Most frames are one whole message.
+        if self.prefix == 0
+            && self.left == 0
+            && let Some(([_, length @ ..], message)) =
+                frame.split_first_chunk::<{ PREFIX as usize }>()
+            && u32::from_be_bytes(*length) as usize == message.len()
+        {
+            self.total += message.len() as u64;
+            self.largest = self.largest.max(u32::from_be_bytes(*length));
+            return;
+        }
+        self.add_parts(frame);
+    }
+
+    fn add_parts(&mut self, mut frame: &[u8]) {
         // Most frames begin with a whole prefix, which is read at once. Byte by byte, it takes five times as long.
         while self.prefix == 0
             && self.left == 0
