@@ -258,10 +258,9 @@ impl Gradient {
 
     /// Ends the measurement at one limit of a probe.
     fn end_level(&mut self, probe: Probe, measured: Measurement, now: Instant) {
-        let is_late = measured.is_late;
         // With few calls, a part of them that is about half is sometimes less by chance.
-        let is_as_late =
-            is_late || (probe.late_share > 0.0 && measured.late_share > probe.late_share / 2.0);
+        let is_as_late = measured.is_late
+            || (probe.late_share > 0.0 && measured.late_share > probe.late_share / 2.0);
         let has_queue = is_as_late || measured.latency < probe.before * QUEUED;
         let half = self.half(probe.limit);
         if has_queue && half < probe.limit {
@@ -277,13 +276,11 @@ impl Gradient {
             return;
         }
         if is_as_late {
-            // The calls are late for another reason than a queue, so a lower limit would only refuse calls.
+            // The calls are late also at the smallest limit, so they have another reason than a queue. A lower limit would only refuse calls,
+            // and with the previous baseline, the next late window would halve it.
             self.set_limit(self.probed_limit);
             self.end_probe(probe, now);
-            if is_late {
-                // Also at the smallest limit, so there is no queue. With the previous baseline, the next late window would halve the limit.
-                self.learn(measured.latency);
-            }
+            self.learn(measured.latency);
             return;
         }
         // At twice the limit of the probe, there was no queue, or a short one.

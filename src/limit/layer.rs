@@ -61,7 +61,7 @@ use super::gradient::{Bounds, End};
 ///   at its first limit if the latency is the same there. While only such measurements follow each other, the time grows to 4 s, 16 s, 30 s.
 /// - A measurement that begins after a late window halves the limit as long as the late part of the calls is at least half, or more than half
 ///   of the part before. If that is so at `min` too, the limit is not the cause of the late calls, and returns to the value before the fall.
-///   If at least half of the calls are late at `min`, the latency without a queue changes as after other measurements.
+///   The latency without a queue changes as after other measurements.
 /// - The latency without a queue is that of the first window. After a window that is not loaded, it moves a quarter of the way to the latency
 ///   of the window. After a loaded window with a smaller latency, it moves by a thousandth of the way for each call of the window.
 /// - Under load, the latency without a queue is measured. For that, the limit is halved until 30 calls have been accepted and nine tenths of

@@ -215,23 +215,22 @@ fn a_quarter_of_the_calls_over_their_deadline_does_not_pin_the_limit() {
 
 /// The part of the calls that is late differs by chance between the measurements.
 #[test]
-fn a_third_of_the_calls_over_their_deadline_neither_pins_nor_reduces_the_limit() {
+fn less_than_half_of_the_calls_over_their_deadline_neither_pins_nor_reduces_the_limit() {
     // 2, 4 and 15 calls are in flight before, and up to 36 then. The limit is 32 at first.
     let loads: [&[f64]; 3] = [&[0.0002], &[0.0004], &[0.0015]];
-    for percent in [30, 35, 40] {
+    for percent in [30, 35, 40, 45] {
         for load in loads {
-            let refused = (0..10).map(|seed| {
+            let refused = (0..20).map(|seed| {
                 let simulation = Simulation {
                     loads: load,
                     ..disturbed(Disturbance::SlowShare(percent), Some(50_000), 60)
                 };
                 let outcome = simulation.run(DEFAULT_BOUNDS, seed);
-                assert!(outcome.limit >= 16.0);
                 as_f64(outcome.refused_later) / (load[0] * 1e6 * 45.0)
             });
             let refused: Vec<_> = refused.collect();
-            assert!(refused.iter().all(|refused| *refused <= 0.2));
-            assert!(refused.iter().sum::<f64>() <= 0.02 * 10.0);
+            assert!(refused.iter().all(|refused| *refused <= 0.15));
+            assert!(refused.iter().sum::<f64>() <= 0.02 * 20.0);
         }
     }
 }
@@ -249,7 +248,7 @@ fn half_of_the_calls_over_their_deadline_costs_few_other_calls() {
             as_f64(outcome.refused_later) / (400.0 * 45.0)
         });
         let refused: Vec<_> = refused.collect();
-        assert!(refused.iter().all(|refused| *refused <= 0.25));
+        assert!(refused.iter().all(|refused| *refused <= 0.15));
         assert!(refused.iter().sum::<f64>() <= 0.06 * 20.0);
     }
 }
