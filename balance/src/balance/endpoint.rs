@@ -205,9 +205,12 @@ impl Endpoint {
         current.is_none()
     }
 
-    /// Returns the end of the last pushback of the server.
-    pub(super) fn pushback(&self) -> Option<Instant> {
-        self.lock().pushback
+    /// Returns the end of the last pushback of the server, if that is after `now`. Otherwise, the next pushback begins one: a call whose `now`
+    /// is a little earlier must not extend a pushback that the driver has just seen end.
+    pub(super) fn current_pushback(&self, now: Instant) -> Option<Instant> {
+        let mut details = self.lock();
+        details.pushback = details.pushback.filter(|until| *until > now);
+        details.pushback
     }
 
     /// Sets the time of the next attempt to connect, and the number of consecutive attempts that have failed.
@@ -451,3 +454,22 @@ const TRUST_DURATION: Duration = Duration::from_secs(600);
 /// Maximum number of concurrent dials of private connections to one endpoint. It is sufficient, because few calls need a private
 /// connection. It is also small enough that these dials put hardly any load on a server.
 const DIAL_PERMITS: usize = 8;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A call reads the clock before it takes the lock, so its time may be earlier than that of the driver.
+    #[test]
+    fn a_pushback_that_was_seen_to_end_begins_again() {
+        let endpoint = Endpoint::new("10.0.0.1:80".parse().expect("a valid address"));
+        let now = Instant::now();
+        let [end, later] = [1, 2].map(|seconds| now + Duration::from_secs(seconds));
+        assert!(endpoint.extend_pushback(end, now));
+        assert!(!endpoint.extend_pushback(end, now));
+        assert_eq!(endpoint.current_pushback(now), Some(end));
+        assert_eq!(endpoint.current_pushback(end), None);
+        assert!(endpoint.extend_pushback(later, now));
+        assert_eq!(endpoint.current_pushback(end), Some(later));
+    }
+}

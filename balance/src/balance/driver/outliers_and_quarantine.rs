@@ -85,7 +85,7 @@ impl Driver {
             let address = endpoint.address();
             let entry = self.endpoints.get(address);
             let is_current = entry.is_some_and(|entry| Arc::ptr_eq(&entry.endpoint, &endpoint));
-            if let Some(end) = endpoint.pushback().filter(|_| is_current) {
+            if let Some(end) = endpoint.current_pushback(now).filter(|_| is_current) {
                 self.pushbacks.add(address, end, now);
             }
         }
@@ -95,7 +95,10 @@ impl Driver {
     pub(super) fn check_pushbacks(&mut self, now: Instant) {
         let before = std::mem::take(&mut self.pushed_back);
         let endpoints = &self.endpoints;
-        let end = |address: &Address| endpoints.get(address)?.endpoint.pushback();
+        let end = |address: &Address| {
+            let entry = endpoints.get(address)?;
+            entry.endpoint.current_pushback(now)
+        };
         let mut after = self.pushbacks.check(now, end);
         // The consistent hash has a bound on the load of each server, and moving all keys of a server costs the others more than its calls.
         let is_hashed = self.options.policy == LbPolicy::RingHash;

@@ -143,6 +143,7 @@ fn the_policies_in_virtual_time() {
                 return lines;
             };
             lines.push((index, line(case)));
+            eprintln!("case {} of {}", index + 1, cases.len());
         }
     };
     let threads = thread::available_parallelism().map_or(1, usize::from);
