@@ -21,11 +21,16 @@ pub(crate) struct Permit {
     connection: Arc<ReadyConnection>,
     /// The time at which the call was sent. `None` before the call is sent, and after its outcome was recorded.
     sent: Option<Instant>,
+    /// What most calls do not have. Boxed together, so that other calls move a small permit, and check one pointer when they drop it.
+    extras: Option<Box<Extras>>,
+}
+
+#[derive(Debug, Default)]
+struct Extras {
     /// Set if the connection is private.
-    private: Option<Box<PrivateConnection>>,
-    /// The metrics and the span of the attempt, from its send to its end, if either is enabled. Boxed, so that other calls move no larger
-    /// permit.
-    observation: Option<Box<AttemptObservation>>,
+    private: Option<PrivateConnection>,
+    /// The metrics and the span of the attempt, from its send to its end, if either is enabled.
+    observation: Option<AttemptObservation>,
 }
 
 /// A private connection: it carries a single call, whose metadata may be larger than the endpoint accepts.
@@ -44,8 +49,7 @@ impl Permit {
         Self {
             connection: Arc::clone(connection),
             sent: None,
-            private: None,
-            observation: None,
+            extras: None,
         }
     }
 
@@ -58,11 +62,11 @@ impl Permit {
         place: Option<Self>,
     ) -> Self {
         let mut permit = Self::reserved(connection);
-        permit.private = Some(Box::new(PrivateConnection {
+        permit.extras().private = Some(PrivateConnection {
             metadata,
             dial_permit,
             place,
-        }));
+        });
         permit
     }
 
@@ -73,7 +77,8 @@ impl Permit {
 
     /// Returns whether the connection carries only this call.
     pub(crate) fn is_private(&self) -> bool {
-        self.private.is_some()
+        let extras = self.extras.as_ref();
+        extras.is_some_and(|extras| extras.private.is_some())
     }
 
     /// Returns whether the connection must be checked before the call is sent, because nothing was read from it for too long. After a long
@@ -131,35 +136,43 @@ impl Permit {
         self.connection.endpoint().on_call();
     }
 
+    fn extras(&mut self) -> &mut Extras {
+        self.extras.get_or_insert_default()
+    }
+
     /// Sets the metrics and the span of the attempt that was sent.
     pub(crate) fn observe(&mut self, observation: AttemptObservation) {
-        self.observation = Some(Box::new(observation));
+        self.extras().observation = Some(observation);
     }
 
     /// Sets the metrics of the attempt that was sent, and keeps its span.
     pub(crate) fn measure(&mut self, record: AttemptRecord) {
-        let span = self.observation.take().and_then(|known| known.span);
+        let observation = &mut self.extras().observation;
+        let span = observation.take().and_then(|known| known.span);
         let metrics = Some(record);
-        self.observe(AttemptObservation { metrics, span });
+        *observation = Some(AttemptObservation { metrics, span });
     }
 
     /// Adds a data frame of the response to the metrics of the attempt.
     pub(crate) fn on_data(&mut self, frame: &[u8]) {
-        if let Some(observation) = &mut self.observation {
+        if let Some(extras) = &mut self.extras
+            && let Some(observation) = &mut extras.observation
+        {
             observation.on_data(frame);
         }
     }
 
     /// Ends the metrics and the span of the attempt. Later ends have no effect. A permit that is dropped before counts as a cancelled attempt.
     pub(crate) fn end_attempt(&mut self, code: Code) {
-        if self.observation.is_some() {
+        if self.extras.is_some() {
             self.end_attempt_at(code, Instant::now());
         }
     }
 
     /// Does the same as [`end_attempt`](Self::end_attempt), with a time that the caller has read already.
     pub(crate) fn end_attempt_at(&mut self, code: Code, now: Instant) {
-        if let Some(observation) = self.observation.take() {
+        let extras = self.extras.as_mut();
+        if let Some(observation) = extras.and_then(|extras| extras.observation.take()) {
             observation.end(code, self.connection.endpoint(), now);
         }
     }
@@ -192,7 +205,9 @@ impl Permit {
         self.connection
             .load()
             .on_head(elapsed, self.connection.ticks(now));
-        if let Some(private) = &mut self.private {
+        if let Some(extras) = &mut self.extras
+            && let Some(private) = &mut extras.private
+        {
             private.dial_permit.end();
             self.connection
                 .endpoint()
@@ -245,8 +260,11 @@ impl Permit {
     }
 }
 
-impl Drop for Permit {
-    fn drop(&mut self) {
+impl Permit {
+    /// Ends a call that got no head of a response, or that has extras.
+    // Not inlined, so that the drop of any other permit stays short.
+    #[inline(never)]
+    fn end(&mut self) {
         self.end_attempt(Code::Cancelled);
         if let Some(sent) = self.sent {
             let now = Instant::now();
@@ -259,10 +277,21 @@ impl Drop for Permit {
                 self.connection.http2().request_ping_for_drop(sent);
             }
         }
-        match &self.private {
+        let extras = self.extras.as_ref();
+        match extras.and_then(|extras| extras.private.as_ref()) {
             None => self.connection.release(),
             Some(private) if private.place.is_none() => self.connection.release_stream(),
             Some(_) => {}
+        }
+    }
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        if self.sent.is_none() && self.extras.is_none() {
+            self.connection.release();
+        } else {
+            self.end();
         }
     }
 }

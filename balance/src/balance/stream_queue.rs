@@ -316,30 +316,14 @@ impl Waiters {
 
 impl Queue for Waiters {
     fn release(&self, connection: &Arc<ReadyConnection>) {
-        self.release_stream(connection);
+        self.free(connection);
         if let Some(requests) = &self.requests {
             requests.release();
         }
     }
 
     fn release_stream(&self, connection: &Arc<ReadyConnection>) {
-        let joined = self.joined.load(Ordering::SeqCst);
-        if self.waiting() > 0 && connection.takes_calls() && self.hand_over(connection) {
-            return;
-        }
-        connection.unreserve();
-        if self.waiting() == 0 {
-            return;
-        }
-        if let Some(requests) = connection.requests() {
-            // The first waiting call may be able to use another connection of the endpoint, now that its requests are below their limit.
-            return self.offer_all(&requests.connections());
-        }
-        // A call that joined the queue after `joined` was read may have searched the set before this stream was released. The stream is
-        // offered to that call.
-        if self.joined.load(Ordering::SeqCst) != joined {
-            self.offer(connection);
-        }
+        self.free(connection);
     }
 
     fn offer(&self, connection: &Arc<ReadyConnection>) {
@@ -352,6 +336,33 @@ impl Queue for Waiters {
 }
 
 impl Waiters {
+    // Inlined, because each call ends here. What follows if calls wait is a function of its own.
+    #[inline]
+    fn free(&self, connection: &Arc<ReadyConnection>) {
+        let joined = self.joined.load(Ordering::SeqCst);
+        if self.waiting() > 0 && connection.takes_calls() && self.hand_over(connection) {
+            return;
+        }
+        connection.unreserve();
+        if self.waiting() > 0 {
+            self.offer_freed(connection, joined);
+        }
+    }
+
+    /// Offers a stream that a call has just made free. `joined` is the number of calls that had joined the queue before.
+    #[inline(never)]
+    fn offer_freed(&self, connection: &Arc<ReadyConnection>, joined: u64) {
+        if let Some(requests) = connection.requests() {
+            // The first waiting call may be able to use another connection of the endpoint, now that its requests are below their limit.
+            return self.offer_all(&requests.connections());
+        }
+        // A call that joined the queue after `joined` was read may have searched the set before this stream was released. The stream is
+        // offered to that call.
+        if self.joined.load(Ordering::SeqCst) != joined {
+            self.offer(connection);
+        }
+    }
+
     fn offer_one(&self, connection: &Arc<ReadyConnection>) {
         loop {
             let joined = self.joined.load(Ordering::SeqCst);

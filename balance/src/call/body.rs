@@ -83,7 +83,7 @@ impl ResponseBody {
     }
 
     /// Sets the metrics and the span of the call. If the response has already ended, they end.
-    pub(super) fn observe(&mut self, mut observation: Box<CallObservation>) {
+    pub(super) fn observe(&mut self, observation: Box<CallObservation>) {
         match &mut self.stream {
             Some(stream) => stream.observation = Some(observation),
             None => observation.end(Code::Ok, Instant::now()),
@@ -192,7 +192,7 @@ impl Stream {
 
     /// Ends the metrics and the spans of the attempt and of the call. An attempt has an observation only if its call has one.
     fn on_end(&mut self, code: Code) {
-        let Some(observation) = &mut self.observation else {
+        let Some(observation) = self.observation.take() else {
             return;
         };
         let now = Instant::now();

@@ -197,7 +197,7 @@ impl Future for ResponseFuture {
             }
             _ => return Poll::Pending,
         };
-        if let Some(mut observation) = this.observation.take() {
+        if let Some(observation) = this.observation.take() {
             observation.end(status.code(), Instant::now());
         }
         Poll::Ready(Err(status))
@@ -206,7 +206,7 @@ impl Future for ResponseFuture {
 
 /// Passes the metrics and the span of the call to the body of the response, or ends them if the call has failed.
 fn pass_on(
-    mut observation: Box<CallObservation>,
+    observation: Box<CallObservation>,
     outcome: &mut Result<Response<ResponseBody>, Status>,
 ) {
     match outcome {

@@ -49,8 +49,9 @@ impl Call {
     /// Returns the handles of the method.
     pub(super) fn handles(&self, metrics: &ChannelMetrics) -> Arc<MethodMetrics> {
         // Only generated clients set the extension, so the number of methods is limited.
-        let is_known = self.extensions.get::<GrpcMethod<'static>>().is_some();
-        metrics.method(self.path().strip_prefix('/').filter(|_| is_known))
+        let is_generated = || self.extensions.get::<GrpcMethod<'static>>().is_some();
+        let path = self.path();
+        metrics.method(path.strip_prefix('/').unwrap_or(path), is_generated)
     }
 
     /// Starts to count the sends, when the call leaves the common path. `sent` is the permit of the first attempt, if it was sent.

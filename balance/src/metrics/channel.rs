@@ -110,11 +110,22 @@ impl ChannelMetrics {
         &self.scope.target
     }
 
-    /// Returns the handles of a method, `package.Service/Method`. `None` is a method that no generated client has.
-    pub(crate) fn method(&self, name: Option<&str>) -> Arc<MethodMetrics> {
-        let create = |name| move || Arc::new(MethodMetrics::new(Arc::clone(&self.scope), name));
-        let known = name.and_then(|name| self.methods.get(name, create(name)));
-        Arc::clone(known.unwrap_or(&self.other))
+    /// Returns the handles of a method, `package.Service/Method`. `is_generated`: whether the call is that of a generated client. If no such
+    /// call had this name before, and this one is not, the handles are those of all other methods.
+    pub(crate) fn method(
+        &self,
+        name: &str,
+        is_generated: impl FnOnce() -> bool,
+    ) -> Arc<MethodMetrics> {
+        let known = self.methods.find(name);
+        Arc::clone(known.unwrap_or_else(|| self.new_method(name, is_generated())))
+    }
+
+    #[cold]
+    fn new_method(&self, name: &str, is_generated: bool) -> &Arc<MethodMetrics> {
+        let create = || Arc::new(MethodMetrics::new(Arc::clone(&self.scope), name));
+        let created = is_generated.then(|| self.methods.get(name, create));
+        created.flatten().unwrap_or(&self.other)
     }
 
     /// Returns the handles for the connections to an endpoint of this zone.

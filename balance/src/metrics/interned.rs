@@ -29,8 +29,8 @@ impl<V> Interned<V> {
         }
     }
 
-    /// Returns the value of a name. If the name is new, inserts the value that `create` returns, or returns `None` if the map is full.
-    pub(super) fn get(&self, name: &str, create: impl FnOnce() -> V) -> Option<&V> {
+    /// Returns the value of a name, unless the name is new.
+    pub(super) fn find(&self, name: &str) -> Option<&V> {
         let mut link = self.buckets.get(bucket(name))?;
         while let Some(entry) = link.get() {
             if *entry.name == *name {
@@ -38,16 +38,17 @@ impl<V> Interned<V> {
             }
             link = &entry.next;
         }
-        self.insert(link, name, create)
+        None
+    }
+
+    /// Returns the value of a name. If the name is new, inserts the value that `create` returns, or returns `None` if the map is full.
+    pub(super) fn get(&self, name: &str, create: impl FnOnce() -> V) -> Option<&V> {
+        self.find(name).or_else(|| self.insert(name, create))
     }
 
     #[cold]
-    fn insert<'a>(
-        &'a self,
-        mut link: &'a Link<V>,
-        name: &str,
-        create: impl FnOnce() -> V,
-    ) -> Option<&'a V> {
+    fn insert(&self, name: &str, create: impl FnOnce() -> V) -> Option<&V> {
+        let mut link = self.buckets.get(bucket(name))?;
         if self.len.load(Ordering::Relaxed) >= self.limit {
             return None;
         }
@@ -64,7 +65,7 @@ impl<V> Interned<V> {
                 }
                 Err(back) => created = back,
             }
-            // Another call has inserted an entry meanwhile. If it has this name, its value is used, so that all calls use the same handles.
+            // The bucket has an entry here, which another call may have just inserted. If it has this name, its value is used, so that all calls use the same handles.
             let entry = link.get()?;
             if *entry.name == *name {
                 return Some(&entry.value);
