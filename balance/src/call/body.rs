@@ -62,20 +62,22 @@ impl ResponseBody {
         // Without a status in the head, trailers must follow, so the response has not ended. `is_complete` takes h2's lock, so it is called
         // only if the head has a status.
         let ended = status_in_head && incoming.is_complete();
-        if ended {
+        let stream = if ended {
+            // The permit of a response that has already ended is dropped here.
             permit.end_attempt(Code::Ok);
-        }
-        // The permit of a response that has already ended is dropped here.
-        let stream = (!ended).then_some(Stream {
-            incoming,
-            permit,
-            core,
-            deadline,
-            status_in_head,
-            has_begun: false,
-            check: limits.of_response(),
-            observation: None,
-        });
+            None
+        } else {
+            Some(Stream {
+                incoming,
+                permit,
+                core,
+                deadline,
+                status_in_head,
+                has_begun: false,
+                check: limits.of_response(),
+                observation: None,
+            })
+        };
         Self {
             stream,
             timer: None,
