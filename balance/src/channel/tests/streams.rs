@@ -104,7 +104,7 @@ async fn an_unread_stream_of_small_messages_does_not_block_other_calls() {
 }
 
 #[tokio::test]
-async fn no_call_fails_after_thousands_of_dropped_streams() {
+async fn no_call_fails_after_many_dropped_streams() {
     let server = Raw::answering(
         |_| (),
         |call: support::Accepted| async {
@@ -113,7 +113,8 @@ async fn no_call_fails_after_thousands_of_dropped_streams() {
         },
     );
     let channel = over([server.address()]);
-    for _ in 0..3_000 {
+    // h2 closes a connection after 1 024 resets that it counts as errors.
+    for _ in 0..1_500 {
         let mut body = open(&channel).await;
         frame(&mut body).await.expect("a frame").expect("no error");
     }
