@@ -23,15 +23,16 @@ use super::gradient::{Bounds, End};
 ///
 /// A call over the limit fails with `RESOURCE_EXHAUSTED` as soon as its request has arrived, or after 20 ms. The request is discarded. The
 /// header `grpc-retry-pushback-ms` of the response is the time after which clients with a [retry policy](crate::RetryPolicy) send the call
-/// again (gRFC A6): twice the latency without a queue, but 10 ms at least and 1 s at most. Calls of the health service are never refused and
-/// do not count.
+/// again (gRFC A6): twice the latency without a queue, but 10 ms at least and 1 s at most. Calls of the health service are never refused
+/// and do not count.
 ///
-/// The further frames of a longer request can arrive after the response. h2 closes a connection after about 1 000 such frames, and the calls
-/// of the connection then fail. Uploads and client streams that last for more than 20 ms can cause this if many of them are refused.
+/// **Uploads:** if many uploads or client streams that last for more than 20 ms are refused, h2 closes the connection, because it tolerates
+/// about 1 000 frames that arrive after the response of their call (measured with h2 0.4.20). All calls of the connection then fail.
 ///
 /// # Calls in flight
 ///
-/// - A call is in flight until its response begins. So the messages of a response stream do not count, and an open stream does not either.
+/// - A call is in flight until its response begins, or until it fails. So the messages of a response stream do not count, and an open
+///   stream does not either.
 /// - A call is not in flight while its handler waits for the client, that is, while the handler has polled the request body and the next
 ///   frame has not arrived. When it arrives, the call is in flight again, even if the limit is reached. So idle uploads do not block a
 ///   server.
@@ -40,38 +41,42 @@ use super::gradient::{Bounds, End};
 /// # Latencies
 ///
 /// - The latency of a call is the time for which it was in flight, until its response began. So it does not contain the time in which the
-///   handler waited for the client. A call has no latency if the handler stopped waiting although no frame arrived.
-/// - A call that fails before it sends a message has no latency, because a rejection may be much faster than the work that it avoids.
+///   handler waited for the client. A call whose handler stops polling the request body before a frame arrives is not measured.
+/// - A call that fails before it sends a message, with another code than `CANCELLED` or `DEADLINE_EXCEEDED`, is not measured, because a
+///   rejection may be much faster than the work that it avoids.
 /// - A call that is dropped because its client cancels it or its deadline passes, and a call that fails with `CANCELLED` or
-///   `DEADLINE_EXCEEDED`, counts with its latency so far if that is more than 0.9 times the latency without a queue. As long as that is
-///   unknown, the calls of the same window that succeed take its place.
+///   `DEADLINE_EXCEEDED`, counts with its latency so far if that is more than 0.9 times the latency without a queue. It is *late*. As long
+///   as the latency without a queue is unknown, such a call counts if it lasted at least as long as three quarters of the successful calls
+///   of its window.
 ///
 /// # The limit
 ///
 /// - The limit starts at 32. All clones of the layer share one limit, so it applies to all connections of a server together.
-/// - A window ends after 100 ms, but not before 20 calls, and at the latest after 1 000 calls. When nine tenths of its calls have ended, the
-///   layer takes the latency that a quarter of them exceeds. Then the next window begins.
-/// - A window is *loaded* if at least half of the limit was in flight, or if half of the calls did not end by themselves (such a window is
-///   *late*). A window that is not loaded raises a limit below 32 by one step, up to 32, and does not change it otherwise.
-/// - After a loaded window, the limit is multiplied by 1.25 times the ratio of the latency without a queue to the latency of the window, but
-///   by 0.5 at least and by 1.25 at most. Then 0.75 is added. So a server with `n` workers gets a limit of about 1.25 `n` + 0.75. A late
-///   window does not increase the limit, and halves it as long as the latency without a queue is unknown.
-/// - Only a measurement of the latency without a queue reduces the limit by more than half: a latency that has another cause than a queue,
-///   such as a slow database, does not fall with the limit. The measurement then follows, at the earliest 1 s after the last one, and ends
-///   at its first limit if the latency is the same there. While only such measurements follow each other, the time grows to 4 s, 16 s, 30 s.
-/// - A measurement that begins after a late window halves the limit as long as the late part of the calls is at least half, or more than half
-///   of the part before. If that is so at `min` too, the limit is not the cause of the late calls, and returns to the value before the fall.
-///   The latency without a queue changes as after other measurements.
-/// - The latency without a queue is that of the first window. After a window that is not loaded, it moves a quarter of the way to the latency
-///   of the window. After a loaded window with a smaller latency, it moves by a thousandth of the way for each call of the window.
-/// - Under load, the latency without a queue is measured. For that, the limit is halved until 30 calls have been accepted and nine tenths of
-///   them have ended. If their latency is less than 0.6 times that at twice the limit, the limit is halved again. Otherwise, their latency is
-///   the result. The mean of the result and the previous value is the new value, or the result alone if it is not 0.6 to 1.6 times the
-///   previous value. Afterwards, the limit is at most twice the limit of the result. The measurement ends without a result after 1 s and 64
-///   times the latency at its beginning.
-/// - The first measurement is after the first window if that reached the limit. Otherwise, it is at least 1 s after the last window that was
-///   not loaded. The next ones follow after 4 s, 16 s, and then every 30 s, or earlier if the limit would fall by more than half. Each of
-///   them waits for a window that is late, or whose latency is more than 1.25 times the latency without a queue.
+/// - A window accepts calls for 100 ms and at least 20 calls, but at most 1 000 calls. When nine tenths of them have ended, the layer takes
+///   the 75th percentile of their latencies. Then the next window begins.
+/// - A window is *loaded* if at some time at least half of the limit was in flight, or if at least half of its calls are late (such a
+///   window is late as well). A window that is not loaded raises a limit below 32 by a quarter plus 0.75, up to 32, and does not change it
+///   otherwise.
+/// - After a loaded window, the limit is multiplied by 1.25 times the ratio of the latency without a queue to the latency of the window,
+///   but by 0.5 at least and by 1.25 at most. Then 0.75 is added. So a server with `n` workers gets a limit of about 1.25 `n` + 0.75. A
+///   late window does not increase the limit, and halves it as long as the latency without a queue is unknown.
+/// - Without a measurement of the latency without a queue, the limit does not fall below half of its largest value since the last
+///   measurement: a latency that has another cause than a queue, such as a slow database, does not fall with the limit. If the limit would
+///   fall below that, a measurement begins, at the earliest 1 s after the last one. If only such measurements follow each other, this
+///   interval becomes 4 s, 16 s and 30 s.
+/// - A measurement that begins after a late window halves the limit again while at least half of the calls are late, or while the late
+///   share is more than half of the share before the measurement. If that is so at `min` too, the limit is not the cause of the late calls,
+///   and returns to the value before the fall. The latency without a queue changes as after other measurements.
+/// - The latency without a queue is that of the first window. After a window that is not loaded, it moves a quarter of the way to the
+///   latency of the window. After a loaded window with a smaller latency, it moves by a thousandth of the way for each call of the window.
+/// - Under load, the latency without a queue is measured. For that, the limit is set to half, and stays there until 30 calls have been
+///   accepted and nine tenths of them have ended. If their latency is less than 0.6 times that at twice the limit, the limit is halved
+///   again. Otherwise, their latency is the result. The mean of the result and the previous value is the new value, or the result alone if
+///   it is not 0.6 to 1.6 times the previous value. Afterwards, the limit is at most twice the limit of the result. The measurement ends
+///   without a result after 1 s and 64 times the latency at its beginning.
+/// - The first measurement is after the first window if that reached the limit. Otherwise, it is at least 1 s after the last window that
+///   was not loaded. The next ones follow after 4 s, 16 s, and then every 30 s, or earlier if the limit would fall by more than half. Each
+///   of them waits for a window that is late, or whose latency is more than 1.25 times the latency without a queue.
 ///
 /// # Where to add the layer
 ///
@@ -81,7 +86,7 @@ use super::gradient::{Bounds, End};
 /// The deadlines of the calls should be at least twice the latency without a queue. A call that is dropped earlier does not show a queue.
 ///
 /// A server with methods of very different latencies should have one layer per service (`tonic::service::LayerExt::named_layer`), because
-/// the limit follows one percentile of all calls.
+/// the limit follows the 75th percentile of all calls.
 #[derive(Clone)]
 pub struct AdaptiveLimitLayer {
     shared: Arc<Shared>,
@@ -95,7 +100,8 @@ impl AdaptiveLimitLayer {
     }
 
     /// Creates a layer whose limit is between `min` and `max` calls, also while it measures the latency without a queue. Smaller values are
-    /// raised: `min` to 1, `max` to `min`. A limit that may not fall to the number of calls that the server can serve at once keeps a queue.
+    /// raised: `min` to 1, `max` to `min`. If `min` is larger than the number of calls that the server can process at once, a queue remains
+    /// under overload.
     #[must_use]
     pub fn with_bounds(min: usize, max: usize) -> Self {
         let min = min.max(1);
@@ -116,8 +122,8 @@ impl AdaptiveLimitLayer {
         self.shared.baseline()
     }
 
-    /// Returns the number of calls in flight. It may exceed the limit, after the limit has fallen, and when several handlers that waited for
-    /// their clients continue.
+    /// Returns the number of calls in flight. It may exceed the limit, after the limit has fallen, and when several handlers that waited
+    /// for their clients continue.
     #[must_use]
     pub fn in_flight(&self) -> usize {
         self.shared.in_flight.load(Ordering::Relaxed)
@@ -326,7 +332,8 @@ fn end<R>(response: &Response<R>) -> End {
     }
 }
 
-/// Health checks must succeed while a server is overloaded: otherwise, the load moves to the other servers, and these become overloaded too.
+/// Health checks must succeed while a server is overloaded: otherwise, the load moves to the other servers, and these become overloaded
+/// too.
 const HEALTH: &str = "/grpc.health.v1.Health/";
 /// The request of a unary call usually arrives with its head. A request of 4 MiB arrives within this time in a fast network.
 const REQUEST_TIMEOUT: Duration = Duration::from_millis(20);
