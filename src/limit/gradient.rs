@@ -50,6 +50,8 @@ pub(super) struct Gradient {
     /// The largest limit since the last probe with a result. Without a probe, the limit does not fall below half of it: a latency that has
     /// another cause than a queue, such as a slow database, does not fall with the limit.
     probed_limit: f64,
+    /// The number of late windows since the last one that was not late.
+    late_windows: u32,
     /// The current probe, if any.
     probe: Option<Probe>,
 }
@@ -64,6 +66,10 @@ struct Probe {
     is_urgent: bool,
     /// The part of the calls that did not end by themselves before the probe, if that was at least half. Otherwise, it is 0.
     late_share: f64,
+    /// The goodput before the probe.
+    goodput: f64,
+    /// The latency at the last limit, if the calls were as late there as before.
+    late_latency: Option<f64>,
     expires: Instant,
 }
 
@@ -80,6 +86,7 @@ impl Gradient {
             urgent_interval: FIRST_PROBE,
             loaded: now,
             probed_limit: limit,
+            late_windows: 0,
             probe: None,
         }
     }
@@ -165,6 +172,7 @@ impl Gradient {
         let is_late = measured.is_late;
         let is_loaded = is_late || as_f64(measured.in_flight) >= self.limit / 2.0;
         let is_first = self.baseline.is_none();
+        self.late_windows = if is_late { self.late_windows + 1 } else { 0 };
         if !is_late {
             self.update_baseline(measured, is_loaded, now);
         }
@@ -210,7 +218,12 @@ impl Gradient {
         };
         let age = now.saturating_duration_since(self.checked);
         // A latency that does not reduce the limit needs no explanation by a probe, which might refuse calls of a server without overload.
-        if age >= interval && (is_late || gradient < 1.0) {
+        let is_slow = if is_late {
+            self.late_windows >= LATE_WINDOWS
+        } else {
+            gradient < 1.0
+        };
+        if age >= interval && is_slow {
             let before = if is_late {
                 f64::INFINITY
             } else {
@@ -252,6 +265,8 @@ impl Gradient {
             } else {
                 0.0
             },
+            goodput: measured.goodput,
+            late_latency: None,
             expires: now + PROBE_TIMEOUT + latencies.unwrap_or_default(),
         });
     }
@@ -261,8 +276,13 @@ impl Gradient {
         // With few calls, a part of them that is about half is sometimes less by chance.
         let is_as_late = measured.is_late
             || (probe.late_share > 0.0 && measured.late_share > probe.late_share / 2.0);
-        let has_queue = is_as_late || measured.latency < probe.before * QUEUED;
         let half = self.half(probe.limit);
+        let is_in_vain =
+            is_as_late && (half >= probe.limit || measured.goodput < probe.goodput * KEPT_GOODPUT);
+        if is_in_vain {
+            return self.end_in_vain(probe, measured.latency, now);
+        }
+        let has_queue = is_as_late || measured.latency < probe.before * QUEUED;
         if has_queue && half < probe.limit {
             self.probe = Some(Probe {
                 limit: half,
@@ -271,16 +291,9 @@ impl Gradient {
                 } else {
                     measured.latency
                 },
+                late_latency: is_as_late.then_some(measured.latency),
                 ..probe
             });
-            return;
-        }
-        if is_as_late {
-            // The calls are late also at the smallest limit, so they have another reason than a queue. A lower limit would only refuse calls,
-            // and with the previous baseline, the next late window would halve it.
-            self.set_limit(self.probed_limit);
-            self.end_probe(probe, now);
-            self.learn(measured.latency);
             return;
         }
         // At twice the limit of the probe, there was no queue, or a short one.
@@ -288,6 +301,16 @@ impl Gradient {
         self.probed_limit = self.limit;
         self.end_probe(probe, now);
         self.learn(measured.latency);
+    }
+
+    /// Ends a probe that has shown that the calls are late for another reason than a queue. A lower limit would only refuse calls, and with the
+    /// previous baseline, the next late window would halve it.
+    fn end_in_vain(&mut self, probe: Probe, latency: f64, now: Instant) {
+        self.set_limit(self.probed_limit);
+        let urgent_interval = self.urgent_interval;
+        self.end_probe(probe, now);
+        self.urgent_interval = self.urgent_interval.max(urgent_interval);
+        self.learn(latency);
     }
 
     /// Changes the baseline to the result of a probe.
@@ -314,7 +337,10 @@ impl Gradient {
         if let Some(probe) = self.probe
             && probe.expires <= now
         {
-            self.end_probe(probe, now);
+            match probe.late_latency {
+                Some(latency) => self.end_in_vain(probe, latency, now),
+                None => self.end_probe(probe, now),
+            }
             self.window.restart(accepted, now);
         }
     }
@@ -344,6 +370,11 @@ const PROBE_GROWTH: u32 = 4;
 /// A probe at a limit of one takes the time of [`PROBE_CALLS`] calls at each of its limits.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
 const PROBE_LATENCIES: f64 = 64.0;
+/// A probe because of late calls begins after so many late windows in a row. In a single window, half of the few calls may be late by chance.
+const LATE_WINDOWS: u32 = 2;
+/// If half of the calls or more are late because of a queue, a lower limit does not reduce the goodput: the server is as busy as before.
+/// Without a queue, half of the limit halves the goodput. The value is smaller than a half because the goodput of 30 calls is inaccurate.
+const KEPT_GOODPUT: f64 = 0.45;
 /// One minute.
 const MAX_LATENCY: f64 = 60.0;
 /// With a queue at half of the limit too, half of the limit halves the latency. Without one, the latency is at least this part.

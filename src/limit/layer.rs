@@ -64,16 +64,18 @@ use super::gradient::{Bounds, End};
 ///   measurement: a latency that has another cause than a queue, such as a slow database, does not fall with the limit. If the limit would
 ///   fall below that, a measurement begins, at the earliest 1 s after the last one. If only such measurements follow each other, this
 ///   interval becomes 4 s, 16 s and 30 s.
-/// - A measurement that begins after a late window halves the limit again while at least half of the calls are late, or while the late
-///   share is more than half of the share before the measurement. If that is so at `min` too, the limit is not the cause of the late calls,
-///   and returns to the value before the fall. The latency without a queue changes as after other measurements.
+/// - A measurement that begins after two late windows halves the limit again while at least half of the calls are late, or while the late
+///   share is more than half of the share before the measurement. The limit is not the cause of the late calls if that is so at `min` too, or
+///   when the measurement expires, or if the rate of successful calls falls to less than 0.45 of the rate before: a server with a queue is as
+///   busy at half of the limit. The limit then returns to the value before the fall. The latency without a queue changes as after other
+///   measurements.
 /// - The latency without a queue is that of the first window. After a window that is not loaded, it moves a quarter of the way to the
 ///   latency of the window. After a loaded window with a smaller latency, it moves by a thousandth of the way for each call of the window.
 /// - Under load, the latency without a queue is measured. For that, the limit is set to half, and stays there until 30 calls have been
 ///   accepted and nine tenths of them have ended. If their latency is less than 0.6 times that at twice the limit, the limit is halved
 ///   again. Otherwise, their latency is the result. The mean of the result and the previous value is the new value, or the result alone if
-///   it is not 0.6 to 1.6 times the previous value. Afterwards, the limit is at most twice the limit of the result. The measurement ends
-///   without a result after 1 s and 64 times the latency at its beginning.
+///   it is not 0.6 to 1.6 times the previous value. Afterwards, the limit is at most twice the limit of the result. The measurement expires
+///   after 1 s and 64 times the latency at its beginning.
 /// - The first measurement is after the first window if that reached the limit. Otherwise, it is at least 1 s after the last window that
 ///   was not loaded. The next ones follow after 4 s, 16 s, and then every 30 s, or earlier if the limit would fall by more than half. Each
 ///   of them waits for a window that is late, or whose latency is more than 1.25 times the latency without a queue.

@@ -23,6 +23,8 @@ pub(super) struct Window {
     /// The number of calls. It is unknown while the window is open.
     size: Option<usize>,
     pub(super) since: Instant,
+    /// The times at which the first and the last of the calls that have ended were accepted.
+    accepted: Option<(Instant, Instant)>,
     latencies: Vec<f64>,
     /// The latencies that would have been longer if the calls had not been dropped.
     overruns: Vec<f64>,
@@ -44,6 +46,8 @@ pub(super) struct Measurement {
     pub(super) is_late: bool,
     /// The part of the calls that have not ended by themselves.
     pub(super) late_share: f64,
+    /// The calls that succeed, for each second in which calls were accepted.
+    pub(super) goodput: f64,
     pub(super) calls: usize,
     /// The largest number of calls in flight.
     pub(super) in_flight: usize,
@@ -56,6 +60,7 @@ impl Window {
             first,
             size: None,
             since,
+            accepted: None,
             latencies: Vec::new(),
             overruns: Vec::new(),
             unsampled: 0,
@@ -89,6 +94,8 @@ impl Window {
             self.latencies.push(latency);
         }
         self.in_flight = self.in_flight.max(call.in_flight);
+        let (first, last) = self.accepted.unwrap_or((call.at, call.at));
+        self.accepted = Some((first.min(call.at), last.max(call.at)));
     }
 
     /// Records that a call of the window ended without a latency.
@@ -141,6 +148,7 @@ impl Window {
         }
         let rank = calls * 3 / 4;
         let overruns = self.overruns.len();
+        let successes = self.latencies.len();
         self.latencies.append(&mut self.overruns);
         let missing = calls.saturating_sub(self.latencies.len());
         let latency = if rank < self.latencies.len() {
@@ -150,10 +158,15 @@ impl Window {
             now.saturating_duration_since(self.since).as_secs_f64()
         };
         let late = overruns + missing;
+        let accepting = self
+            .accepted
+            .map(|(first, last)| last.saturating_duration_since(first));
+        let accepting = accepting.unwrap_or_default().as_secs_f64();
         Some(Measurement {
             latency,
             is_late: late * 2 >= calls,
             late_share: as_f64(late) / as_f64(calls),
+            goodput: as_f64(successes) / accepting.max(MIN_TIME),
             calls,
             in_flight: self.in_flight,
         })
@@ -164,6 +177,9 @@ impl Window {
         accepted.wrapping_sub(self.first)
     }
 }
+
+/// One microsecond.
+const MIN_TIME: f64 = 1e-6;
 
 #[expect(
     clippy::cast_precision_loss,

@@ -164,7 +164,8 @@ impl Permit {
 
     /// Ends the metrics and the span of the attempt. Later ends have no effect. A permit that is dropped before counts as a cancelled attempt.
     pub(crate) fn end_attempt(&mut self, code: Code) {
-        if self.extras.is_some() {
+        let extras = self.extras.as_ref();
+        if extras.is_some_and(|extras| extras.observation.is_some()) {
             self.end_attempt_at(code, Instant::now());
         }
     }

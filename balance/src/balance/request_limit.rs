@@ -311,6 +311,7 @@ mod tests {
                     std::hint::spin_loop();
                 }
                 if std::time::Instant::now() > end {
+                    println!("the test ends after {round} of {ROUNDS} rounds");
                     checked.store(usize::MAX, Ordering::SeqCst);
                     break;
                 }

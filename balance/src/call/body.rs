@@ -63,8 +63,10 @@ impl ResponseBody {
         // only if the head has a status.
         let ended = status_in_head && incoming.is_complete();
         let stream = if ended {
-            // The permit of a response that has already ended is dropped here.
             permit.end_attempt(Code::Ok);
+            // The stream ends before the permit gives its place to another call.
+            drop(incoming);
+            drop(permit);
             None
         } else {
             Some(Stream {

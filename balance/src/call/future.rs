@@ -101,7 +101,7 @@ impl ResponseFuture {
         let (span, trace) = traces
             .and_then(|traces| CallTrace::start(traces, head.uri.path()))
             .unzip();
-        let observation = span.map(|span| Box::new(CallObservation::traced(span)));
+        let observation = span.map(CallObservation::traced);
         let wait = head.extensions.get::<WaitForReady>();
         let wait_for_ready = wait.map_or(wait_for_ready, |wait| wait.0);
         let call = Call {

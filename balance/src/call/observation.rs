@@ -31,12 +31,10 @@ pub(super) struct FurtherAttempts {
 
 impl CallObservation {
     /// Creates the value for a call with a span.
-    pub(super) fn traced(span: OpenSpan) -> Self {
-        Self {
-            metrics: None,
-            attributes: None,
-            span: Some(span),
-        }
+    pub(super) fn traced(span: OpenSpan) -> Box<Self> {
+        let mut this = spare();
+        this.span = Some(span);
+        this
     }
 
     /// Starts the metrics of a call.

@@ -65,7 +65,8 @@ impl<V> Interned<V> {
                 }
                 Err(back) => created = back,
             }
-            // The bucket has an entry here, which another call may have just inserted. If it has this name, its value is used, so that all calls use the same handles.
+            // The bucket has an entry here, which another call may have just inserted. If it has this name, its value is used, so that all
+            // calls use the same handles.
             let entry = link.get()?;
             if *entry.name == *name {
                 return Some(&entry.value);
@@ -75,7 +76,7 @@ impl<V> Interned<V> {
     }
 }
 
-/// Returns the bucket of a name: a hash of its length and its last 16 bytes, because each call looks up its method, and methods differ at
+/// Returns the bucket of a name: a hash of its length and its last 8 or 16 bytes, because each call looks up its method, and methods differ at
 /// their end. Names that are chosen to collide do little harm: the number of names is limited.
 fn bucket(name: &str) -> usize {
     let bytes = name.as_bytes();

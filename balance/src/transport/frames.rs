@@ -247,6 +247,25 @@ mod tests {
         }
     }
 
+    /// Most reads begin at a frame boundary, and their frames are whole.
+    #[test]
+    fn whole_frames_are_reported_as_the_parts_of_frames_are() {
+        let (bytes, mut expected) = connection();
+        let first = frame(SETTINGS, &[0, 3, 0, 0, 0, 100, 0, 6, 0, 0, 32, 0]).len();
+        // A change of the limit in the same read as responses.
+        let change = frame(SETTINGS, &[0, 6, 0, 0, 64, 0]);
+        let end = bytes.len() - frame(GOAWAY, &[0; 8 + TOO_MANY_PINGS.len()]).len();
+        let bytes = [&bytes[..end], &change, &frame(DATA, &[1; 5]), &bytes[end..]].concat();
+        expected.splice(4..4, [Frame::MaxHeaderList(16_384), Frame::Response]);
+        for cut in first..=bytes.len() {
+            let (mut reader, mut found) = (FrameReader::new(), Vec::new());
+            for part in [&bytes[..first], &bytes[first..cut], &bytes[cut..]] {
+                assert_eq!(reader.read(part, |frame| found.push(frame)), part.len());
+            }
+            assert_eq!(found, expected, "cut at {cut}");
+        }
+    }
+
     #[test]
     fn a_goaway_with_another_reason_is_not_too_many_pings() {
         let (mut reader, mut found) = (FrameReader::new(), Vec::new());

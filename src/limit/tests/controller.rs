@@ -226,11 +226,12 @@ fn less_than_half_of_the_calls_over_their_deadline_neither_pins_nor_reduces_the_
                     ..disturbed(Disturbance::SlowShare(percent), Some(50_000), 60)
                 };
                 let outcome = simulation.run(DEFAULT_BOUNDS, seed);
+                assert!(outcome.limit >= 16.0);
                 as_f64(outcome.refused_later) / (load[0] * 1e6 * 45.0)
             });
             let refused: Vec<_> = refused.collect();
-            assert!(refused.iter().all(|refused| *refused <= 0.15));
-            assert!(refused.iter().sum::<f64>() <= 0.02 * 20.0);
+            assert!(refused.iter().all(|refused| *refused <= 0.05));
+            assert!(refused.iter().sum::<f64>() <= 0.01 * 20.0);
         }
     }
 }
@@ -248,8 +249,33 @@ fn half_of_the_calls_over_their_deadline_costs_few_other_calls() {
             as_f64(outcome.refused_later) / (400.0 * 45.0)
         });
         let refused: Vec<_> = refused.collect();
-        assert!(refused.iter().all(|refused| *refused <= 0.15));
-        assert!(refused.iter().sum::<f64>() <= 0.06 * 20.0);
+        assert!(refused.iter().all(|refused| *refused <= 0.05));
+        assert!(refused.iter().sum::<f64>() <= 0.01 * 20.0);
+    }
+}
+
+/// A measurement lasts longer, so it refuses more calls.
+#[test]
+fn half_of_the_calls_over_a_long_deadline_costs_a_part_of_the_other_calls() {
+    for (percent, worst, mean) in [(40, 0.4, 0.2), (55, 0.5, 0.35)] {
+        let refused = (0..10).map(|seed| {
+            // 60 calls per second. 25 and 34 of them are in flight.
+            let simulation = Simulation {
+                loads: &[0.0006],
+                deadline: Some(1_000_000),
+                disturbance: Disturbance::SlowShare(percent),
+                seconds: 240,
+                ..Simulation::overloaded(10_000, 101 * MILLI)
+            };
+            let outcome = simulation.run(DEFAULT_BOUNDS, seed);
+            as_f64(outcome.refused_later) / (59.4 * 180.0)
+        });
+        let refused: Vec<_> = refused.collect();
+        assert!(
+            refused.iter().all(|refused| *refused <= worst),
+            "{refused:?}"
+        );
+        assert!(refused.iter().sum::<f64>() <= mean * 10.0, "{refused:?}");
     }
 }
 
@@ -425,6 +451,44 @@ fn calls_that_are_dropped_early_or_fail_change_nothing() {
         }
         assert_eq!(calls.baseline(), baseline);
         assert_eq!(calls.gradient.limit(), 32);
+    }
+}
+
+/// A probe of calls that are all late ends with a verdict, or else it would begin again at once.
+#[test]
+fn the_limit_returns_if_a_probe_of_late_calls_does_not_reach_the_smallest_limit() {
+    let mut calls = Calls::new(DEFAULT_BOUNDS);
+    for _ in 0..200 {
+        calls.fill(10 * MILLI, End::Success);
+    }
+    let limit = calls.gradient.limit();
+    while !calls.gradient.is_probing() {
+        calls.fill(1_000 * MILLI, End::Overrun);
+    }
+    while calls.gradient.limit() > limit / 8 {
+        calls.fill(1_000 * MILLI, End::Overrun);
+    }
+    assert!(calls.gradient.is_probing());
+    calls.now += Duration::from_secs(100);
+    calls.gradient.on_refusal(calls.now, calls.accepted);
+    assert!(!calls.gradient.is_probing());
+    assert_eq!(calls.gradient.limit(), limit);
+    assert!(calls.baseline() >= 900 * MILLI);
+}
+
+#[test]
+fn a_dropped_call_is_late_from_nine_tenths_of_the_baseline() {
+    for (latency, is_late) in [(89, false), (91, true)] {
+        let mut calls = Calls::new(DEFAULT_BOUNDS);
+        for _ in 0..100 {
+            calls.serve(100 * MILLI, 3, End::Success);
+        }
+        let limit = calls.gradient.limit();
+        for _ in 0..100 {
+            calls.serve(latency * MILLI, 32, End::Overrun);
+        }
+        let has_changed = calls.gradient.is_probing() || calls.gradient.limit() != limit;
+        assert_eq!(has_changed, is_late, "{latency} ms");
     }
 }
 

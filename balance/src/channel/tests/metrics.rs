@@ -124,6 +124,38 @@ async fn requests_that_no_generated_client_has_made_are_recorded_as_other() {
     }
     let started = "grpc.client.attempt.started{grpc.method=other,grpc.target=greeter}";
     assert_eq!(memory.sum(started), 2);
+    // After a call of a generated client, the name of the method is known.
+    say(&channel).await.expect("an answer");
+    let mut request = http::Request::new(tonic::body::Body::empty());
+    *request.method_mut() = http::Method::POST;
+    *request.uri_mut() = "/helloworld.Greeter/SayHello".parse().expect("a path");
+    let _ = channel.clone().oneshot(request).await;
+    assert_eq!(memory.sum(started), 2);
+    let started = format!("grpc.client.attempt.started{CALL}");
+    assert_eq!(memory.sum(&started), 2);
+}
+
+/// The second call on a thread uses the memory of the first.
+#[tokio::test]
+async fn a_call_after_a_failed_one_is_measured_alone() {
+    let server = scripted(|call| match call {
+        0 => Err(Reason::INTERNAL_ERROR),
+        _ => Ok(Code::Ok),
+    });
+    let (memory, channel) = recorded(|builder| builder, &[server.address()]).await;
+    say(&channel).await.expect_err("a reset stream");
+    for _ in 0..2 {
+        say(&channel).await.expect("an answer");
+    }
+    for (status, calls) in [("INTERNAL", 1), ("OK", 2)] {
+        assert_eq!(memory.values(&ended("call.duration", status)).len(), calls);
+        assert_eq!(
+            memory.values(&ended("attempt.duration", status)).len(),
+            calls
+        );
+    }
+    let received = memory.values(&ended("attempt.rcvd_total_compressed_message_size", "OK"));
+    assert_eq!(received[0].to_bits(), received[1].to_bits());
 }
 
 #[tokio::test]
