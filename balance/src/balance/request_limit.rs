@@ -286,7 +286,7 @@ mod tests {
     fn a_place_that_becomes_free_while_a_call_joins_is_passed_to_the_call() {
         const ROUNDS: usize = 30_000;
         // With other programs on the machine, each exchange between the two threads can take a time slice.
-        let end = std::time::Instant::now() + Duration::from_secs(3);
+        let end = tokio::time::Instant::now() + Duration::from_secs(3);
         let limit = limit(1);
         let (begun, released, checked) = <(AtomicUsize, AtomicUsize, AtomicUsize)>::default();
         let reached = |round: &AtomicUsize, number| {
@@ -310,7 +310,7 @@ mod tests {
                 while begun.load(Ordering::SeqCst) < round {
                     std::hint::spin_loop();
                 }
-                if std::time::Instant::now() > end {
+                if tokio::time::Instant::now() > end {
                     println!("the test ends after {round} of {ROUNDS} rounds");
                     checked.store(usize::MAX, Ordering::SeqCst);
                     break;
