@@ -7,11 +7,31 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until};
 use tonic::transport::Channel;
 use tonic::{Code, Request, Status};
+use tonic_etcd::BalancedChannel;
 
+use crate::support::greeter::HelloRequest;
 use crate::support::greeter::greeter_client::GreeterClient;
 use crate::support::{connect, hello};
 
-pub type Client = GreeterClient<Channel>;
+/// A client that makes the calls.
+pub trait Client: Clone + Send + 'static {
+    fn call(
+        self,
+        request: Request<HelloRequest>,
+    ) -> impl Future<Output = Result<(), Status>> + Send;
+}
+
+impl Client for GreeterClient<Channel> {
+    async fn call(mut self, request: Request<HelloRequest>) -> Result<(), Status> {
+        self.say_hello(request).await.map(drop)
+    }
+}
+
+impl Client for GreeterClient<BalancedChannel> {
+    async fn call(mut self, request: Request<HelloRequest>) -> Result<(), Status> {
+        self.say_hello(request).await.map(drop)
+    }
+}
 
 /// The kinds of load.
 #[derive(Clone, Copy, Debug)]
@@ -92,7 +112,7 @@ impl fmt::Display for Outcome {
 const CLIENTS: usize = 4;
 
 /// Connects the clients.
-pub async fn clients(address: &str) -> Vec<Client> {
+pub async fn clients(address: &str) -> Vec<GreeterClient<Channel>> {
     let mut clients = Vec::new();
     for _ in 0..CLIENTS {
         clients.push(connect(address).await);
@@ -102,7 +122,7 @@ pub async fn clients(address: &str) -> Vec<Client> {
 
 impl Calls {
     /// Makes the calls.
-    pub async fn make(self, clients: &[Client]) -> Outcome {
+    pub async fn make(self, clients: &[impl Client]) -> Outcome {
         let begin = Instant::now() + self.warm_up;
         let mut running = JoinSet::new();
         for (number, client) in clients.iter().cloned().enumerate() {
@@ -135,7 +155,7 @@ impl Calls {
 
     async fn open(
         self,
-        client: Client,
+        client: impl Client,
         rate: f64,
         mut random: fastrand::Rng,
         begin: Instant,
@@ -158,7 +178,7 @@ impl Calls {
         total
     }
 
-    async fn closed(self, client: Client, begin: Instant) -> Outcome {
+    async fn closed(self, client: impl Client, begin: Instant) -> Outcome {
         let mut total = Outcome::default();
         while Instant::now() < begin + self.time {
             let (start, latency, outcome) = self.call(client.clone()).await;
@@ -174,13 +194,13 @@ impl Calls {
     }
 
     /// Makes a call. Returns its start, its latency and its outcome.
-    async fn call(self, mut client: Client) -> (Instant, Duration, Result<(), Status>) {
+    async fn call(self, client: impl Client) -> (Instant, Duration, Result<(), Status>) {
         let mut request = Request::new(hello());
         request.set_timeout(self.deadline);
         let start = Instant::now();
-        let outcome = client.say_hello(request).await;
+        let outcome = client.call(request).await;
         let latency = Instant::now().saturating_duration_since(start);
-        (start, latency, outcome.map(drop))
+        (start, latency, outcome)
     }
 }
 

@@ -24,6 +24,7 @@ use support::greeter::greeter_server::GreeterServer;
 use support::{Registered, SERVICE, eventually, hello, registry};
 use tokio::sync::{Mutex, Semaphore, mpsc};
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::Code;
@@ -45,9 +46,10 @@ struct World {
     address: String,
     free: Arc<Semaphore>,
     streams: Arc<AtomicUsize>,
+    latencies: Arc<std::sync::Mutex<Vec<(Instant, Duration)>>>,
     limit: AdaptiveLimitLayer,
     server: Registered,
-    _etcd: Etcd,
+    etcd: Etcd,
 }
 
 impl World {
@@ -57,6 +59,7 @@ impl World {
         let workers = Workers::new(workers, service);
         let free = Arc::clone(&workers.free);
         let streams = Arc::clone(&workers.streams);
+        let latencies = Arc::clone(&workers.latencies);
         let greeter = GreeterServer::new(workers);
         let router = Server::builder().layer(limit.clone()).add_service(greeter);
         let registration = registry.registration(SERVICE);
@@ -77,9 +80,10 @@ impl World {
             address,
             free,
             streams,
+            latencies,
             limit,
             server,
-            _etcd: etcd,
+            etcd,
         }
     }
 }

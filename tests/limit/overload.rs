@@ -2,10 +2,15 @@
 
 use std::time::Duration;
 
-use crate::LOAD;
+use tonic::Code;
+use tonic_etcd::RetryPolicy;
+use tonic_etcd::limit::AdaptiveLimitLayer;
+
 use crate::load::{Calls, Kind, Outcome, clients};
-use crate::support::soak;
+use crate::support::greeter::greeter_client::GreeterClient;
+use crate::support::{self, registry, soak};
 use crate::workers::Process;
+use crate::{LOAD, World};
 
 const SECOND: Duration = Duration::from_secs(1);
 const MINUTE: Duration = Duration::from_secs(60);
@@ -139,6 +144,59 @@ async fn a_server_with_too_many_callers_stays_fast_for_the_calls_that_it_accepts
     let comparison = Comparison::new(Kind::Closed(64), MINUTE, goals).await;
     comparison.check(goals);
     assert!(comparison.without_layer.p99() > comparison.with_layer.p99());
+}
+
+/// The server is found through etcd. Its clients send a refused call again when the wait that the server requests is over.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_registered_server_serves_at_its_capacity_while_its_clients_wait_as_it_requests() {
+    let _load = LOAD.lock().await;
+    let goals = goals("seconds, goodput and p99 of channels with a retry policy");
+    let world = World::new(AdaptiveLimitLayer::new(), WORKERS, SERVICE).await;
+    let registry = registry(&world.etcd).await;
+    let mut clients = Vec::new();
+    for _ in 0..4 {
+        let retry = RetryPolicy::new([Code::ResourceExhausted]).max_attempts(5);
+        let channel = registry.channel(support::SERVICE).retry(retry);
+        let channel = channel.max_pushback(SECOND).connect().await.unwrap();
+        clients.push(GreeterClient::new(channel));
+    }
+    let (warm_up, time) = goals.seconds;
+    let load = |kind| Calls {
+        kind,
+        deadline: MINUTE,
+        warm_up: warm_up * SECOND,
+        time: time * SECOND,
+    };
+    let latencies = || {
+        let mut ended = std::mem::take(&mut *world.latencies.lock().unwrap());
+        let end = ended.iter().map(|(at, _)| *at).max().unwrap();
+        ended.retain(|(at, _)| end.saturating_duration_since(*at) <= time * SECOND);
+        let mut latencies: Vec<_> = ended.into_iter().map(|(_, latency)| latency).collect();
+        latencies.sort_unstable();
+        latencies
+    };
+    let quiet = load(Kind::Open(NOMINAL / 4.0)).make(&clients).await;
+    assert_eq!((quiet.refused, quiet.late), (0, 0));
+    let without_load = latencies();
+    let mean = without_load.iter().sum::<Duration>() / u32::try_from(without_load.len()).unwrap();
+    let capacity = f64::from(u32::try_from(WORKERS).unwrap()) / mean.as_secs_f64();
+    let busy = load(Kind::Closed(64)).make(&clients).await;
+    let accepted = latencies();
+    let p99 = |latencies: &[Duration]| latencies[latencies.len() * 99 / 100].as_secs_f64();
+    let (goodput, latency) = (
+        busy.goodput() / capacity,
+        p99(&accepted) / p99(&without_load),
+    );
+    println!(
+        "capacity {capacity:.1} calls/s, clients: {busy}, limit {}",
+        world.limit.limit()
+    );
+    println!(
+        "{goodput:.2} of the capacity, p99 of accepted calls {latency:.2} times that without load"
+    );
+    assert!(goodput >= goals.goodput);
+    assert!(latency <= goals.latency.1);
+    assert!(world.limit.refused() > 0);
 }
 
 /// With the initial limit, a call waits 31 times 50 ms.

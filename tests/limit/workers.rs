@@ -2,15 +2,15 @@
 
 use std::io::Write;
 use std::process::Stdio;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::TcpListener;
 use tokio::process::{Child, ChildStdin, Command};
 use tokio::sync::Semaphore;
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
 use tonic::{Request, Response, Status, Streaming};
@@ -26,6 +26,8 @@ pub struct Workers {
     pub service: Duration,
     /// The number of streams that handlers have begun to read.
     pub streams: Arc<AtomicUsize>,
+    /// When the accepted calls have ended, and their latencies.
+    pub latencies: Arc<Mutex<Vec<(Instant, Duration)>>>,
 }
 
 impl Workers {
@@ -33,7 +35,8 @@ impl Workers {
         Self {
             free: Arc::new(Semaphore::new(workers)),
             service,
-            streams: Arc::new(AtomicUsize::new(0)),
+            streams: Arc::default(),
+            latencies: Arc::default(),
         }
     }
 }
@@ -41,8 +44,12 @@ impl Workers {
 #[tonic::async_trait]
 impl Greeter for Workers {
     async fn say_hello(&self, _: Request<HelloRequest>) -> Result<Response<HelloReply>, Status> {
+        let accepted = Instant::now();
         let _worker = self.free.acquire().await.unwrap();
         sleep(self.service).await;
+        let now = Instant::now();
+        let latency = now.saturating_duration_since(accepted);
+        self.latencies.lock().unwrap().push((now, latency));
         Ok(Response::new(HelloReply::default()))
     }
 
