@@ -8,7 +8,8 @@
 mod support;
 
 use support::greeter::greeter_client::GreeterClient;
-use support::{Registered, World, all_ready, hello};
+use support::{Registered, SOON, World, all_ready, hello};
+use tokio::time::timeout;
 use tonic::{Code, Request, Status};
 use tonic_etcd::{
     BalancedChannel,
@@ -68,4 +69,28 @@ async fn calls_select_registered_instances_by_version_and_metadata() {
         true
     })
     .await;
+}
+
+/// The filter is evaluated when the set changes. A set of which it accepts nothing is known, so calls do not wait for it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_filter_that_accepts_no_instance_leaves_a_known_and_empty_set() {
+    let world = World::new().await;
+    let old = Registered::start("old", "127.0.0.1:0", world.registration().version("1.1"));
+    world.counts(1).await;
+    let builder = world
+        .registry
+        .channel("greeter")
+        .map_source(|resolver| resolver.filter(|instance| instance.version() == Some("1.2")));
+    let channel = builder.connect_lazy();
+    let status = timeout(SOON, say(&channel, None))
+        .await
+        .unwrap()
+        .unwrap_err();
+    assert_eq!(status.code(), Code::Unavailable, "{status:?}");
+    let new = Registered::start("new", "127.0.0.1:0", world.registration().version("1.2"));
+    all_ready(&channel, 1).await;
+    for _ in 0..10 {
+        assert_eq!(say(&channel, None).await.unwrap(), "new");
+    }
+    drop((old, new));
 }

@@ -18,7 +18,7 @@ use support::greeter::greeter_client::GreeterClient;
 use support::greeter::greeter_server::{Greeter, GreeterServer};
 use support::greeter::{HelloReply, HelloRequest};
 use support::roles::{protect, user};
-use support::{Registered, SOON, World, all_ready, client, etcd, eventually};
+use support::{Registered, SOON, World, all_ready, client, etcd, eventually, soak, within};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_stream::Stream;
@@ -284,6 +284,94 @@ async fn one_put_changes_fifty_running_clients_within_a_second() {
     assert!(!has_timeout(first).await);
     eventually("the policy is restored", async || !takes_turns(first).await).await;
     assert_eq!(connections(&channels), before, "a connection was replaced");
+}
+
+/// Returns a service config that sends this share of the calls to version 1.2.
+fn canary(share: usize) -> String {
+    let rest = 100 - share;
+    format!(
+        r#"{{"loadBalancingConfig": [{{"split_experimental": {{"split": [
+            {{"label": {{"version": "1.2"}}, "weight": {share}}}, {{"label": {{"version": "1.1"}}, "weight": {rest}}}
+        ]}}}}]}}"#
+    )
+}
+
+/// 16 callers make calls all the time. A call is counted with the share that was in force when it began, unless the share has changed since.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_put_changes_the_share_of_a_version_while_calls_run() {
+    let world = World::new().await;
+    let etcd = client(&world.etcd).await;
+    let put = async |share| {
+        let put = etcd.kv_client().put(KEY, canary(share), None).await;
+        put.unwrap().take_header().unwrap().revision()
+    };
+    let mut servers = Vec::new();
+    for version in ["1.1", "1.2"] {
+        let router = Server::builder().add_service(GreeterServer::new(Scripted::default()));
+        let registration = world.registration().version(version);
+        servers.push(Registered::serve(router, "127.0.0.1:0", registration));
+    }
+    world.counts(2).await;
+    let channel = world.registry.channel("greeter").seed(7);
+    let channel = channel.map_source(|resolver| resolver.watch_service_config(PREFIX));
+    let channel = channel.connect().await.unwrap();
+    all_ready(&channel, 2).await;
+    applies(&channel, Some(put(5).await)).await;
+    let instances = world.resolver.instances();
+    let new = instances
+        .iter()
+        .find(|instance| instance.version() == Some("1.2"));
+    let new = new.unwrap().address().to_string();
+
+    let (phase, is_over) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+    let counts: Arc<[[AtomicUsize; 2]; 3]> = Arc::default();
+    let mut callers = JoinSet::new();
+    for _ in 0..16 {
+        let (channel, new, counts) = (channel.clone(), new.clone(), Arc::clone(&counts));
+        let (phase, is_over) = (Arc::clone(&phase), Arc::clone(&is_over));
+        callers.spawn(async move {
+            while is_over.load(Ordering::SeqCst) == 0 {
+                let before = phase.load(Ordering::SeqCst);
+                let served_by = call(&channel, "anyone").await.unwrap();
+                if phase.load(Ordering::SeqCst) == before {
+                    let version = usize::from(served_by == new);
+                    counts[before][version].fetch_add(1, Ordering::SeqCst);
+                }
+            }
+        });
+    }
+    let total = |phase: usize| {
+        let [old, new] = &counts[phase];
+        old.load(Ordering::SeqCst) + new.load(Ordering::SeqCst)
+    };
+    let share = |phase: usize| {
+        let new = counts[phase][1].load(Ordering::SeqCst);
+        f64::from(u32::try_from(new).unwrap()) / f64::from(u32::try_from(total(phase)).unwrap())
+    };
+    let (calls, tolerance) = soak(
+        "calls, and tolerance of a share of 5 %",
+        (8_000, 0.01),
+        (20_000, 0.005),
+    );
+    let bound = Duration::from_secs(60);
+    within(bound, "the calls were made", async || total(0) >= calls).await;
+    // The calls until the new config applies are counted in the second phase, which has no expected share.
+    phase.store(1, Ordering::SeqCst);
+    applies(&channel, Some(put(50).await)).await;
+    phase.store(2, Ordering::SeqCst);
+    within(bound, "the calls were made", async || total(2) >= 3_000).await;
+    is_over.store(1, Ordering::SeqCst);
+    // A failed call panics.
+    callers.join_all().await;
+    let (before, after) = (share(0), share(2));
+    println!(
+        "{before:.4} of {} calls, then {after:.3} of {} calls",
+        total(0),
+        total(2)
+    );
+    // Four standard deviations of 8 000 calls.
+    assert!((before - 0.05).abs() <= tolerance, "{before}");
+    assert!((after - 0.5).abs() < 0.04, "{after}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -36,6 +36,8 @@ const ACCEPTED: &[&str] = &[
     r#"{"healthCheckConfig": {"serviceName": "a"}}"#,
     r#"{"healthCheckConfig": {"serviceName": ""}}"#,
     r#"{"loadBalancingConfig": [{"round_robin": {}}]}"#,
+    r#"{"loadBalancingConfig": [{"weighted_round_robin": {}}]}"#,
+    r#"{"loadBalancingConfig": [{"weighted_round_robin": {"enableOobLoadReport": true, "oobReportingPeriod": "10s", "blackoutPeriod": "1s", "weightExpirationPeriod": "180s", "weightUpdatePeriod": "0.5s", "errorUtilizationPenalty": 0.5}}]}"#,
     r#"{"loadBalancingConfig": [{"round_robin": 7}]}"#,
     r#"{"loadBalancingConfig": [{"unheard_of": [1]}, {"round_robin": {"a": 1}}, {"a": 1, "b": 2}]}"#,
     r#"{"loadBalancingConfig": [{"round_robin": {}}, {}, null]}"#,
@@ -58,6 +60,9 @@ const ACCEPTED: &[&str] = &[
 
 /// Documents that both parsers reject.
 const REJECTED: &[&str] = &[
+    r#"{"loadBalancingConfig": [{"weighted_round_robin": {"errorUtilizationPenalty": -1}}]}"#,
+    r#"{"loadBalancingConfig": [{"weighted_round_robin": {"blackoutPeriod": "soon"}}]}"#,
+    r#"{"loadBalancingConfig": [{"weighted_round_robin": {"weightUpdatePeriod": 1}}]}"#,
     "",
     " ",
     "{",

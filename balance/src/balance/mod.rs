@@ -57,7 +57,7 @@ pub(crate) use hash_key::hash;
 pub(crate) use limits::MAX_DURATION;
 pub use load_weights::LoadReports;
 pub(crate) use observation::AttemptObservation;
-pub(crate) use options::{OnRefused, Options, Reconfiguration};
+pub(crate) use options::{AddressCallback, Options, Reconfiguration};
 pub use outlier::{FailurePercentageEjection, OutlierDetection, SuccessRateEjection};
 pub use peer_index::PeerIndex;
 pub(crate) use permit::{Permit, Reserved};

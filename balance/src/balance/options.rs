@@ -41,7 +41,10 @@ pub(crate) struct Options {
     pub(crate) health_check: Option<HealthCheck>,
     /// The time in which the weight of an endpoint that has become ready grows to its full value; `None` disables slow start.
     pub(crate) slow_start: Option<Duration>,
-    pub(crate) on_refused: Option<OnRefused>,
+    /// Called after each failed dial.
+    pub(crate) on_refused: Option<AddressCallback>,
+    /// Called after the end of each connection, unless its endpoint was removed or the connection was replaced.
+    pub(crate) on_lost: Option<AddressCallback>,
     /// The zone whose endpoints are preferred.
     pub(crate) zone: Option<Box<str>>,
     /// The policy that the program provides, if it provides one.
@@ -94,13 +97,13 @@ pub(crate) struct Reconfiguration {
     pub(crate) subset_size: Option<usize>,
 }
 
-/// Callback for an endpoint to which no connection could be made. The driver calls it after each failed dial, so it must not block.
+/// Callback for an endpoint. The driver calls it, so it must not block.
 #[derive(Clone)]
-pub(crate) struct OnRefused(pub(crate) Arc<dyn Fn(&Address) + Send + Sync>);
+pub(crate) struct AddressCallback(pub(crate) Arc<dyn Fn(&Address) + Send + Sync>);
 
-impl std::fmt::Debug for OnRefused {
+impl std::fmt::Debug for AddressCallback {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("OnRefused").finish_non_exhaustive()
+        f.debug_struct("AddressCallback").finish_non_exhaustive()
     }
 }
 
@@ -122,6 +125,7 @@ impl Default for Options {
             health_check: None,
             slow_start: None,
             on_refused: None,
+            on_lost: None,
             zone: None,
             pick_policy: None,
             splits: TrafficSplits::default(),

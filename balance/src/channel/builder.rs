@@ -502,6 +502,7 @@ impl Config {
             known,
             source_error,
             on_refused,
+            on_lost,
             service,
             policy,
             static_addresses,
@@ -523,7 +524,7 @@ impl Config {
         let (scheme, authority) = scheme_and_authority(&connector, name.as_ref(), self.origin);
         let user_agent = user_agent(self.user_agent);
         let mut options = self.options;
-        options.on_refused = on_refused;
+        (options.on_refused, options.on_lost) = (on_refused, on_lost);
         let is_ignored = self.from_service.mode == ServiceConfigMode::Ignore;
         let service_configs = service_configs.filter(|_| !is_ignored);
         let program = ProgramOptions {

@@ -13,7 +13,7 @@ use tower::discover::Change;
 
 use crate::address::{Address, AddressError, AddressPolicy, without_password};
 use crate::attributes::Attributes;
-use crate::balance::OnRefused;
+use crate::balance::AddressCallback;
 use crate::service_config::ServiceConfig;
 
 /// A source of endpoints for a channel, for example a resolver.
@@ -93,7 +93,8 @@ pub struct Endpoints<S> {
     pub(super) changes: S,
     pub(super) known: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,
     pub(super) source_error: Option<SourceError>,
-    pub(super) on_refused: Option<OnRefused>,
+    pub(super) on_refused: Option<AddressCallback>,
+    pub(super) on_lost: Option<AddressCallback>,
     pub(super) service: Option<String>,
     pub(super) policy: Option<AddressPolicy>,
     pub(super) static_addresses: bool,
@@ -131,6 +132,7 @@ impl<S> Endpoints<S> {
             known: None,
             source_error: None,
             on_refused: None,
+            on_lost: None,
             service: None,
             policy: None,
             static_addresses: false,
@@ -163,7 +165,13 @@ impl<S> Endpoints<S> {
     /// Sets a function that is called after each failed attempt to connect to an endpoint. The function must not block.
     #[must_use]
     pub fn on_refused(mut self, on_refused: impl Fn(&Address) + Send + Sync + 'static) -> Self {
-        self.on_refused = Some(OnRefused(Arc::new(on_refused)));
+        self.on_refused = Some(AddressCallback(Arc::new(on_refused)));
+        self
+    }
+
+    /// Sets a function that is called after the end of a connection to an endpoint. The function must not block.
+    pub(super) fn on_lost(mut self, on_lost: impl Fn(&Address) + Send + Sync + 'static) -> Self {
+        self.on_lost = Some(AddressCallback(Arc::new(on_lost)));
         self
     }
 

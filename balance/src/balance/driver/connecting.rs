@@ -10,7 +10,7 @@ use super::driver::Driver;
 use super::event_queue::SubchannelEvent;
 use super::subchannel_table::{DialId, State, SubchannelId};
 use crate::address::Address;
-use crate::balance::options::OnRefused;
+use crate::balance::options::AddressCallback;
 use crate::balance::ready_connection::ReadyConnection;
 use crate::balance::stream_queue::Waiters;
 use crate::balance::subchannel::{Connecting, Idle, Subchannel};
@@ -186,7 +186,7 @@ impl Driver {
                 metrics.on_failed();
             }
         }
-        if let Some(OnRefused(on_refused)) = &self.options.on_refused {
+        if let Some(AddressCallback(on_refused)) = &self.options.on_refused {
             on_refused(address);
         }
         self.timers.push(failed.until(), id);

@@ -9,6 +9,7 @@ use super::disconnect_error::disconnect_error;
 use super::driver::Driver;
 use super::event_queue::SubchannelEvent;
 use super::subchannel_table::{DialId, State};
+use crate::balance::options::AddressCallback;
 use crate::balance::subchannel::{Ending, Lost, Silence};
 use crate::transport::connection_task::{CloseReason, ConnectionEvent};
 
@@ -117,6 +118,9 @@ impl Driver {
         } else {
             tracing::info!(%address, %reason, "connection lost");
             self.set_last_error(&address, reason.to_string().into());
+        }
+        if let Some(AddressCallback(on_lost)) = &self.options.on_lost {
+            on_lost(&address);
         }
         if subchannel.is_silent() && self.second_connection_takes_over(&address, id) {
             self.update_ready_sets(&address);

@@ -19,8 +19,8 @@ use crate::channel::source::{EndpointSource, Endpoints, ServerName, SourceContex
 ///
 /// - at the start,
 /// - every [`interval`](Self::interval), 30 s by default,
-/// - after a failed attempt to connect to an endpoint, because the endpoint may have moved, but not within 5 s of the start of the last
-///   successful lookup.
+/// - after the end of a connection, and after a failed attempt to connect, because endpoints may have moved, but not within 5 s of the start
+///   of the last successful lookup.
 ///
 /// The lookups use the resolver of the operating system (`getaddrinfo`), and so `/etc/hosts` and `/etc/resolv.conf`. If a lookup fails, or
 /// its answer contains no address, the endpoints stay as they are. The lookup is then repeated after 1 s, 2 s, 4 s and so on, at most after

@@ -32,7 +32,7 @@ use crate::channel::source::{EndpointSource, Endpoints, ServerName, SourceContex
 /// - at the start,
 /// - when the first of its records expires, but not within 5 s of the last lookup, and at the latest after the
 ///   [`interval`](Self::interval), 30 s by default,
-/// - after a failed attempt to connect to an endpoint, but not within 5 s of the start of the last successful lookup.
+/// - after the end of a connection, and after a failed attempt to connect, but not within 5 s of the start of the last successful lookup.
 ///
 /// If a lookup fails, or its answer contains no record, or no target has an address, the endpoints stay as they are. If only the lookup of
 /// a target fails, its last known addresses stay. The lookup is then repeated after 1 s, 2 s, 4 s and so on, at most after the interval. The

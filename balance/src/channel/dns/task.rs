@@ -61,11 +61,13 @@ pub(super) fn start<L: Lookup>(
         backoff: FIRST_BACKOFF,
     };
     tokio::spawn(task.run());
+    let lost = Arc::clone(&wake);
     let current = move || error.lock().unwrap_or_else(PoisonError::into_inner).clone();
     Endpoints::new(UnboundedReceiverStream::new(stream))
         .known_after(async { drop(on_known.await) })
         .last_error(current)
         .on_refused(move |_| wake.notify_one())
+        .on_lost(move |_| lost.notify_one())
         .target(format!("dns:///{name}"))
         .service(name)
 }
@@ -79,7 +81,7 @@ struct Task<L: Lookup> {
     changes: mpsc::UnboundedSender<Result<Change<Address, L::Attributes>, Infallible>>,
     /// Completes when the set of endpoints is known.
     known: Option<oneshot::Sender<()>>,
-    /// Wakes the task after a failed attempt to connect.
+    /// Wakes the task after the end of a connection, and after a failed attempt to connect.
     wake: Arc<Notify>,
     /// The error of the last lookup, if it failed.
     error: Arc<Mutex<Option<String>>>,

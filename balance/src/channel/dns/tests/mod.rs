@@ -144,6 +144,38 @@ async fn a_failed_attempt_to_connect_causes_a_lookup_at_most_every_five_seconds(
     assert_eq!(server.lookups(), 4);
 }
 
+/// Its new addresses are then known before an attempt to connect to an address that has no server any more fails, which can take 20 s.
+#[tokio::test]
+async fn the_end_of_a_connection_causes_a_lookup_also_if_the_next_connection_succeeds() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a listener");
+    let address = listener.local_addr().expect("an address").to_string();
+    let server = NameServer::default();
+    server.set(&[&*address.leak()]);
+    let accepting = tokio::spawn(async move {
+        let mut connections = Vec::new();
+        loop {
+            let (stream, _) = listener.accept().await.expect("a connection");
+            let mut connection = h2::server::handshake(stream).await.expect("a client");
+            let is_first = connections.is_empty();
+            connections.push(tokio::spawn(async move {
+                let ended = connection.accept();
+                // The client is ready when the server has answered its first PING.
+                let limit = Duration::from_millis(if is_first { 500 } else { 60_000 });
+                let _ = tokio::time::timeout(limit, ended).await;
+            }));
+        }
+    });
+    let channel = BalancedChannel::builder().source(server.dns());
+    let channel = channel.connect().await.expect("a ready channel");
+    let started = Instant::now();
+    while server.lookups() < 2 {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+        assert!(Instant::now() - started < Duration::from_secs(20));
+    }
+    assert_eq!(channel.endpoints()[0].state, EndpointState::Ready);
+    accepting.abort();
+}
+
 #[tokio::test(start_paused = true)]
 async fn the_task_ends_with_the_channel() {
     let server = NameServer::default();
