@@ -280,6 +280,39 @@ async fn a_killed_server_and_an_ejection_are_counted() {
 }
 
 #[tokio::test]
+async fn a_resolver_reports_the_revision_and_the_rejections_of_its_service_config() {
+    let measured = Measured::new().await;
+    let etcd = client(&measured.etcd).await;
+    let put = async |value| {
+        let mut kv = etcd.kv_client();
+        let put = kv.put("/gRPC.control/a.Config/config", value, None);
+        put.await.unwrap().take_header().unwrap().revision()
+    };
+    let revision = || {
+        let target = target("a.Config");
+        let gauge = format!("tonic_etcd.resolver.service_config_revision{{{target}}}");
+        measured.memory.gauge(&gauge)
+    };
+    let rejected = || measured.count("tonic_etcd.resolver.service_config_rejected", "a.Config");
+    let resolver = measured.registry.resolver("a.Config");
+    let resolver = resolver.watch_service_config("/gRPC.control/").start();
+    eventually("there is no service config", async || {
+        revision() == Some(0.0)
+    })
+    .await;
+    let good = f64::from(i32::try_from(put("{}").await).unwrap());
+    eventually("the service config is in force", async || {
+        revision() == Some(good)
+    })
+    .await;
+    assert_eq!(rejected(), 0);
+    put("{").await;
+    eventually("the value is rejected", async || rejected() == 1).await;
+    assert_eq!(revision(), Some(good));
+    drop(resolver);
+}
+
+#[tokio::test]
 async fn a_resolver_reports_rejected_values_and_mass_removals() {
     let mut measured = Measured::new().await;
     let etcd = client(&measured.etcd).await;

@@ -1,8 +1,9 @@
 //! `completions` and `man`: files that are generated from the command line.
 
+use std::io;
 use std::process::ExitCode;
 
-use clap::CommandFactory;
+use clap::{Command, CommandFactory};
 use clap_complete::Shell;
 
 use crate::cli::Cli;
@@ -22,16 +23,23 @@ pub(crate) fn man(output: &mut Output) -> Result<ExitCode, Failure> {
     let mut command = Cli::command();
     command.build();
     clap_mangen::Man::new(command.clone()).render(&mut page)?;
+    sections("tonic-etcd", &command, &mut page)?;
+    output.write(&page)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Writes the sections of all commands below a command.
+fn sections(name: &str, command: &Command, page: &mut Vec<u8>) -> io::Result<()> {
     for subcommand in command.get_subcommands() {
         if subcommand.get_name() == "help" {
             continue;
         }
-        let title = format!("tonic-etcd {}", subcommand.get_name());
-        let man = clap_mangen::Man::new(subcommand.clone().display_name(title));
-        man.render_name_section(&mut page)?;
-        man.render_synopsis_section(&mut page)?;
-        man.render_options_section(&mut page)?;
+        let name = format!("{name} {}", subcommand.get_name());
+        let man = clap_mangen::Man::new(subcommand.clone().display_name(name.clone()));
+        man.render_name_section(page)?;
+        man.render_synopsis_section(page)?;
+        man.render_options_section(page)?;
+        sections(&name, subcommand, page)?;
     }
-    output.write(&page)?;
-    Ok(ExitCode::SUCCESS)
+    Ok(())
 }

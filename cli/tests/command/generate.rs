@@ -15,4 +15,12 @@ async fn completions_and_the_manual_page_cover_every_command() {
             );
         }
     }
+    let page = outcome(bare(&["man"])).await.stdout;
+    for nested in [
+        "tonic\\-etcd config set",
+        "\\-\\-revision",
+        "\\-\\-dry\\-run",
+    ] {
+        assert!(page.contains(nested), "{nested}");
+    }
 }
